@@ -1,0 +1,14 @@
+"""Pathline: continuous-time deep learning in PyTorch."""
+
+__version__ = "0.1.0"
+
+from . import control as control
+from . import flows as flows
+from . import integrate as integrate
+from . import nets as nets
+from .errors import PathlineError as PathlineError
+from .models import load as load
+from .models import save as save
+from .train import fit as fit
+
+__all__ = ["PathlineError", "control", "fit", "flows", "integrate", "load", "nets", "save"]

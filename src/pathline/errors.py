@@ -1,0 +1,29 @@
+"""The error types: each is a `PathlineError` and the builtin that callers already catch."""
+
+
+class PathlineError(Exception):
+    """Base of every error that Pathline raises on purpose; its text is for the user."""
+
+
+class ShapeError(PathlineError, ValueError):
+    """A tensor has the wrong shape."""
+
+
+class DataError(PathlineError, ValueError):
+    """A file or an array of data can't be used as it is."""
+
+
+class ArgumentError(PathlineError, ValueError):
+    """An argument or a combination of arguments makes no sense."""
+
+
+class ModelError(PathlineError, ValueError):
+    """A saved model or run can't be read."""
+
+
+class TrainingError(PathlineError, RuntimeError):
+    """Training failed, and what was saved is kept."""
+
+
+class DataWarning(UserWarning):
+    """The data can be used, but the user should know something about them."""

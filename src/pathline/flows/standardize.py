@@ -1,0 +1,126 @@
+"""From the user's units to the coordinates in which a flow works, and back."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, DataError
+from ..train import Rows
+
+Bounds = tuple[float, float]
+FREE: Bounds = (-math.inf, math.inf)
+
+
+class Standardize(nn.Module):
+    """A fixed bijection y = scale^-1 (g(x) - mean); g sends each bounded column to the line.
+
+    `scale` = D R^(1/2) from standard deviations D and correlations R, so that y has mean zero
+    and covariance one: for Gaussian data this is the optimal-transport map in the coordinates
+    D^-1 x, and a flow has only the rest to learn. g is log(x - lower) or log(upper - x) for
+    columns bounded on one side, the logit for columns bounded on both, else the identity.
+
+    Buffers, in double precision: `mean` (dim,), `scale` (dim, dim), `lower` and `upper` (dim,).
+    """
+
+    mean: Tensor
+    scale: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, dim: int, bounds: Sequence[Bounds] | None = None) -> None:
+        super().__init__()
+        bounds = [FREE] * dim if bounds is None else [(float(a), float(b)) for a, b in bounds]
+        if len(bounds) != dim or any(not lower < upper for lower, upper in bounds):
+            raise ArgumentError(
+                f"`support` must hold {dim} pairs (lower, upper) with lower < upper, got {bounds}"
+            )
+        lower, upper = torch.tensor(bounds, dtype=torch.float64).reshape(dim, 2).unbind(1)
+        self.register_buffer("mean", torch.zeros_like(lower))
+        self.register_buffer("scale", torch.eye(dim, dtype=torch.float64))
+        self.register_buffer("lower", lower.clone())
+        self.register_buffer("upper", upper.clone())
+        self.bounded = bool((lower.isfinite() | upper.isfinite()).any())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates y of the rows of `x` (batch, dim), and log |det dy/dx| (batch,)."""
+        x, log_slope = self.unbound(x.to(self.mean))
+        y = (x - self.mean) @ torch.linalg.inv(self.scale).mT
+        return y, log_slope - torch.linalg.slogdet(self.scale).logabsdet
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The rows x of the coordinates `y`, (batch, dim)."""
+        y = y.to(self.mean) @ self.scale.mT + self.mean
+        if not self.bounded:
+            return y
+        below, above = self.lower.isfinite(), self.upper.isfinite()
+        lower, upper = torch.where(below, self.lower, 0.0), torch.where(above, self.upper, 0.0)
+        one_sided = torch.where(below, lower + y.exp(), upper - y.exp())
+        two_sided = lower + (upper - lower) * torch.sigmoid(y)
+        return torch.where(below & above, two_sided, torch.where(below | above, one_sided, y))
+
+    def unbound(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """g(x) (batch, dim), and log |det dg/dx| (batch,); NaN and -inf off the support."""
+        if not self.bounded:
+            return x, x.new_zeros(x.shape[0])
+        below, above = self.lower.isfinite(), self.upper.isfinite()
+        one = torch.ones_like(x)
+        from_lower = torch.where(below, x - self.lower, one).log()
+        from_upper = torch.where(above, self.upper - x, one).log()
+        width = torch.where(below & above, self.upper - self.lower, 1.0).log()
+        g = torch.where(above & ~below, from_upper, from_lower - from_upper)
+        log_slope = (width - from_lower - from_upper).sum(1)  # d logit = width / ((x-l)(u-x))
+        return torch.where(below | above, g, x), log_slope
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Whether each value lies strictly within its bounds, (batch, dim)."""
+        return (x > self.lower) & (x < self.upper)
+
+    @torch.no_grad()
+    def fit(self, rows: Rows) -> None:
+        """Set mean and scale from the training rows.
+
+        With few rows the correlations shrink towards none by exp(-rows/dim).
+
+        Raises:
+            DataError: a constant column, a value on or outside its bounds, or columns that are
+                linearly dependent: no density exists then.
+        """
+        dim = rows.columns
+        mean, square = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+        first = None
+        for x, w in rows.blocks():
+            outside = ~self.inside(x.cpu().to(self.lower))
+            if outside.any():
+                _, column = torch.nonzero(outside)[0].tolist()
+                raise DataError(
+                    f"`{rows.name}` has a value on or outside the bounds of column {column}: "
+                    f"{x[outside.to(x.device)][0].item()} is not in "
+                    f"({self.lower[column].item()}, {self.upper[column].item()})"
+                )
+            g = self.unbound(x.to(self.mean))[0].cpu()
+            first = g[0] if first is None else first  # a pilot mean, against cancellation
+            weighted = (g - first) if w is None else (g - first) * w.cpu()[:, None]
+            mean += weighted.sum(0) / len(rows)
+            square += weighted.mT @ (g - first) / len(rows)
+        assert first is not None
+        covariance = square - mean[:, None] * mean
+        std = covariance.diagonal().clamp_min(0).sqrt()
+        flat = std <= 1e-12 * (first.abs() + mean.abs() + std)
+        if flat.any():
+            names = torch.nonzero(flat).flatten().tolist()
+            raise DataError(f"`{rows.name}` has constant columns, which have no density: {names}")
+        shrink = math.exp(-len(rows) / dim)
+        correlation = (1 - shrink) * covariance / (std[:, None] * std)
+        correlation += shrink * torch.eye(dim).double()
+        values, vectors = torch.linalg.eigh(correlation)
+        if values[0] < 1e-12:
+            names = torch.nonzero(vectors[:, 0].abs() > 0.1).flatten().tolist()
+            raise DataError(
+                f"`{rows.name}` has linearly dependent columns, which have no joint density: "
+                f"{names}; drop one of them"
+            )
+        root = (vectors * values.sqrt()) @ vectors.mT
+        self.mean.copy_(first + mean)
+        self.scale.copy_(std[:, None] * root)

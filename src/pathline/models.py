@@ -1,0 +1,44 @@
+"""Save and load models."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import ModelError
+from .flows import OTFlow
+from .train.files import read_model, save
+
+__all__ = ["load", "metadata", "save"]
+
+MODELS: dict[str, Any] = {"OTFlow": OTFlow}
+
+
+def load(folder: str | Path) -> Any:
+    """The model that `save` or a run wrote; `folder` is a run or the model inside it.
+
+    Nothing in the files is executed.
+
+    Raises:
+        ModelError: the folder holds no model, a damaged one, or one of a newer format.
+    """
+    description, state = read_model(folder)
+    make = MODELS.get(str(description["kind"]))
+    if make is None:
+        raise ModelError(
+            f"{folder} holds a {description['kind']!r}, which this version of Pathline does not "
+            f"know; it knows {', '.join(MODELS)}"
+        )
+    try:
+        model: nn.Module = make(**description["config"])
+        model.load_state_dict(state, assign=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder} is damaged: weights and description differ ({reason})") from None
+    return model
+
+
+def metadata(folder: str | Path) -> dict[str, Any]:
+    """What was kept beside the model, such as column names."""
+    found = read_model(folder)[0].get("metadata", {})
+    return found if isinstance(found, dict) else {}

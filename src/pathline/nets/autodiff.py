@@ -1,0 +1,61 @@
+"""Any scalar network as a potential."""
+
+import torch
+from torch import Tensor, nn
+
+from ..calculus import divergence, gradient
+from ..errors import ShapeError
+from .potential import Derivatives
+
+
+class AutodiffPotential(nn.Module):
+    """Wraps a `network(x, t, context) -> (batch,)` whose derivatives come from autograd.
+
+    It offers what `Potential` does, for any network that is twice differentiable, at the price
+    of dim extra backward passes for the Laplacian.
+    """
+
+    def __init__(self, network: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.network, self.dim = network, dim
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's value, (batch,)."""
+        value = self.network(x, t, context)
+        if value.shape != x.shape[:1]:
+            raise ShapeError(
+                f"`network(x, t, context)` must return ({x.shape[0]},), got {tuple(value.shape)}"
+            )
+        return value
+
+    def derivatives(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        *,
+        value: bool = True,
+        grad: bool = True,
+        dt: bool = True,
+        laplacian: bool = True,
+    ) -> Derivatives:
+        """As `Potential.derivatives`, by automatic differentiation."""
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_(True)
+            times = t.expand(x.shape[0])
+            times = times if times.requires_grad else times.detach().requires_grad_(True)
+            phi = self(x, times, context)
+            result = Derivatives(
+                value=phi if value else None,
+                grad=gradient(phi, x) if grad else None,
+                dt=gradient(phi, times) if dt else None,
+                laplacian=divergence(lambda y: gradient(self(y, times, context), y), x)
+                if laplacian
+                else None,
+            )
+        if keep:
+            return result
+        return Derivatives(
+            **{k: v if v is None else v.detach() for k, v in vars(result).items()}
+        )

@@ -1,0 +1,9 @@
+"""Training of any objective: batches, recipe, checkpoints, run folders, progress."""
+
+from .fit import fit as fit
+from .objective import Loss as Loss
+from .objective import Objective as Objective
+from .rows import Rows as Rows
+from .trainer import Run as Run
+
+__all__ = ["Loss", "Objective", "Rows", "Run", "fit"]

@@ -1,0 +1,133 @@
+"""Train any objective: reproducible, resumable, interruptible."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ShapeError
+from . import files
+from .objective import Objective
+from .rows import Rows
+from .trainer import Run, Settings, Trainer
+
+Array = np.ndarray | Tensor
+
+
+def fit(
+    model: nn.Module,
+    data: Array,
+    *,
+    validation: Array | None = None,
+    sample_weight: Array | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    max_steps: int | None = None,
+    budget: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    batch_size: int = 512,
+    learning_rate: float = 0.03,
+    patience: int = 15,
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
+    progress: bool = True,
+    tensorboard: bool = False,
+    metadata: dict[str, Any] | None = None,
+) -> Run:
+    """Train `model` on `data`; it ends with the weights that were best on the validation rows.
+
+    Args:
+        model: an `Objective`, or a model whose `objective()` gives one.
+        data: (rows, columns); a memory-mapped NumPy array is never loaded whole.
+        validation: (rows, columns) that pick the best model; a random tenth of `data` if None.
+        sample_weight: (rows,), not negative; weights of the rows of `data`.
+        out: run folder for config.json, model/, checkpoint/, log.jsonl and metrics.json.
+        seed: of everything random; the same seed on the same machine gives the same weights.
+        max_steps: training steps; by default the objective's choice for the number of rows.
+        budget: seconds, turned into a number of steps once, after a timed warm-up.
+        resume: go on from the last checkpoint in `out`, bit for bit; start where there is none.
+        overwrite: replace a run in `out`.
+        batch_size: rows of a step, over all processes.
+        learning_rate: the first of a cosine schedule.
+        patience: stop after this many validations without improvement, of about fifty.
+        devices, nodes, strategy: processes for each machine, machines, and the strategy of
+            Lightning Fabric, such as "ddp"; under torchrun they come from its environment.
+        progress: show a bar, or lines where standard error is not a terminal.
+        tensorboard: also write TensorBoard events into `out`.
+        metadata: kept in the saved model, such as column names.
+
+    Returns:
+        A `Run`: history, events in words, and metrics.
+
+    Raises:
+        ArgumentError, DataError, ShapeError: bad input, before anything is trained or written.
+        TrainingError: training diverged again and again; the best model is kept.
+        KeyboardInterrupt: on Ctrl-C, after best model and checkpoint are safe.
+
+    The loss that is shown is in the units of the objective (standardised units for flows).
+    """
+    settings = Settings(seed, max_steps, budget, batch_size, learning_rate, patience)
+    _check(asdict(settings) | {"devices": devices, "nodes": nodes})
+    if resume and out is None:
+        raise ArgumentError("`resume` needs `out`, the run folder to go on from")
+    objective = model if isinstance(model, Objective) else _objective(model)
+    rows, held = _split(data, validation, sample_weight, seed)
+    trainer = Trainer(
+        objective, rows, held, settings, devices=devices, nodes=nodes, strategy=strategy
+    )
+    folder = None if out is None else Path(out)
+    if folder and trainer.leader:
+        files.open_run(folder, resume=resume, overwrite=overwrite)
+    trainer.fabric.barrier()
+    return trainer.run(
+        folder, resume=resume, shown=progress, tensorboard=tensorboard, metadata=metadata or {}
+    )
+
+
+def _objective(model: nn.Module) -> Objective:
+    make: Callable[[], Objective] | None = getattr(model, "objective", None)
+    if make is None:
+        raise ArgumentError(
+            "`model` must be an Objective or have a method `objective()` that returns one, got "
+            f"{type(model).__name__}"
+        )
+    return make()
+
+
+def _check(values: dict[str, Any]) -> None:
+    for name in ("max_steps", "batch_size", "patience", "devices", "nodes"):
+        value = values[name]
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ArgumentError(f"`{name}` must be a positive integer, got {value!r}")
+    for name in ("budget", "learning_rate"):
+        value = values[name]
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ArgumentError(f"`{name}` must be positive and finite, got {value!r}")
+    if not isinstance(values["seed"], int) or values["seed"] < 0:
+        raise ArgumentError(f"`seed` must be an integer >= 0, got {values['seed']!r}")
+
+
+def _split(
+    data: Array, validation: Array | None, sample_weight: Array | None, seed: int
+) -> tuple[Rows, Rows]:
+    rows = Rows(data, sample_weight)
+    if len(rows) < 2:
+        raise ArgumentError(f"`data` must have at least two rows, got {len(rows)}")
+    if validation is not None:
+        held = Rows(validation, name="validation")
+        if held.columns != rows.columns:
+            raise ShapeError(
+                f"`validation` must have {rows.columns} columns like `data`, got {held.columns}"
+            )
+        return rows, held
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator)
+    count = max(1, len(rows) // 10)
+    return rows.subset(order[count:].sort().values), rows.subset(order[:count])

@@ -1,0 +1,63 @@
+"""What `fit` asks of the thing it trains."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .rows import Rows
+
+
+class Loss(NamedTuple):
+    """A scalar to minimise and its named terms for the log."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """A module whose `forward(batch, weights) -> Loss` is trained by `fit`.
+
+    Only `forward` and `validate` must be defined. `model` is what a run saves. The batch is
+    (rows, columns) in double precision, the weights are (rows,) with mean one over the data, or
+    None; losses are averages over rows, so that processes can share a batch.
+    """
+
+    model: nn.Module
+
+    def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
+        """The loss of a batch."""
+        raise NotImplementedError
+
+    def validate(self, batch: Tensor) -> Tensor:
+        """The figure that picks the best model, for each row: (rows,), smaller is better."""
+        raise NotImplementedError
+
+    def prepare(self, rows: Rows, generator: torch.Generator) -> None:
+        """Called once with the training rows before the first step."""
+
+    def adapt(self, batch: Tensor) -> str | None:
+        """Called every few dozen steps with training rows; returns what it changed, in words."""
+        return None
+
+    def caution(self) -> None:
+        """Called after a divergence, when training goes on from the last good state."""
+
+    def finish(self, rows: Rows) -> dict[str, Any]:
+        """Called once with the validation rows and the best model; returns metrics."""
+        return {}
+
+    def inner_weights(self) -> list[nn.Parameter]:
+        """Square hidden matrices, trained by Muon."""
+        return []
+
+    def default_steps(self, rows: int) -> int:
+        """Number of training steps when the caller names none."""
+        return 1000
+
+    def state(self) -> dict[str, Any]:
+        """What `adapt` may change, JSON-safe, for the checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` gave."""

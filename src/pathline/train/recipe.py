@@ -1,0 +1,43 @@
+"""The optimisers: Muon for square hidden matrices, Adam for the rest, one cosine for both."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+MUON_RATE = 0.5  # with match_rms_adamw's 0.2 sqrt(width): a step of 0.1 sqrt(width) * rate
+FINAL_RATE = 0.01  # of the first
+
+
+def optimizers(module: nn.Module, inner: list[nn.Parameter]) -> list[Optimizer]:
+    """Adam for the parameters of `module`, and Muon for `inner`, if there are any.
+
+    Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix, so that all its directions
+    learn at one rate: a flow needs a fraction of Adam's steps.
+    """
+    ids = {id(parameter) for parameter in inner}
+    rest = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
+    found: list[Optimizer] = []
+    if rest:
+        found.append(torch.optim.Adam(rest, betas=(0.9, 0.99)))
+    if inner:
+        found.append(
+            torch.optim.Muon(
+                inner, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return found
+
+
+def set_rate(optimizers: list[Optimizer], rate: float) -> None:
+    """Set Adam's learning rate to `rate`, and Muon's in proportion."""
+    for optimizer in optimizers:
+        factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = factor * rate
+
+
+def cosine(step: int, total: int) -> float:
+    """From 1 at step 0 to `FINAL_RATE` at step `total`."""
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))

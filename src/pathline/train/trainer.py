@@ -1,0 +1,499 @@
+"""The training loop: steps, validations, retreats, checkpoints."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import ArgumentError, TrainingError
+from . import files, recipe
+from .objective import Objective
+from .progress import Reporter
+from .rows import Rows
+
+VALIDATION_ROWS = 5_000  # watched during training
+CHECK_ROWS = 1_024  # given to `Objective.adapt`
+RETREATS = 8  # divergences in a row before training gives up
+
+
+@dataclass
+class Run:
+    """What training did. The model that was passed to `fit` holds the best weights."""
+
+    steps: int
+    best_step: int
+    validation: float  # of the best model, as `Objective.validate` measures it
+    seconds: float
+    stopped: str  # "steps" or "early"
+    history: list[dict[str, float]]  # one entry for each logged step
+    events: list[str]  # what the objective adapted and where training retreated, in words
+    metrics: dict[str, Any]
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `fit` that decide its result."""
+
+    seed: int
+    max_steps: int | None
+    budget: float | None
+    batch_size: int
+    learning_rate: float
+    patience: int
+
+
+@dataclass
+class Standing:
+    """Where training stands; with the tensors, all that a checkpoint holds."""
+
+    max_steps: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    first: float = math.inf  # validation before training
+    best: float = math.inf
+    best_step: int = 0
+    stale: int = 0  # validations since the best
+    shrink: float = 1.0  # of the learning rate, after retreats
+    retreats: int = 0  # in a row
+    finished: str = ""
+    objective: dict[str, Any] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+
+class Trainer:
+    """One training run, in one of its processes."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        rows: Rows,
+        held: Rows,
+        settings: Settings,
+        *,
+        devices: int,
+        nodes: int,
+        strategy: str,
+    ) -> None:
+        from lightning_fabric import Fabric  # here, because importing it takes long
+
+        self.objective, self.rows, self.held, self.settings = objective, rows, held, settings
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = int(os.environ["WORLD_SIZE"]) // devices
+        self.fabric = Fabric(devices=devices, num_nodes=nodes, strategy=strategy)
+        if devices * nodes > 1:
+            self.fabric.launch()
+        self.leader = self.fabric.is_global_zero
+        self.generator = torch.Generator().manual_seed(settings.seed + 1)
+        self.at = Standing()
+        self.watched = held.subset(torch.arange(min(len(held), VALIDATION_ROWS)))
+        self.best: dict[str, Tensor] = {}  # weights of the best model
+        self.history: list[dict[str, float]] = []
+        self.interrupted = threading.Event()
+        self.folder: Path | None = None
+
+    def run(
+        self,
+        folder: Path | None,
+        *,
+        resume: bool,
+        shown: bool,
+        tensorboard: bool,
+        metadata: dict[str, Any],
+    ) -> Run:
+        """Train, and leave the best weights in the objective's model."""
+        self.folder, self.metadata = folder, metadata
+        home = next(self.objective.parameters()).device
+        config = self._config() if folder else {}
+        found = files.read_checkpoint(self._checkpoint_path) if folder and resume else None
+        if found:
+            self._check_same_run(config)
+        self.objective.to(self.fabric.device)
+        if not found:
+            self.objective.prepare(self.rows, self.generator)
+        self.optimizers = recipe.optimizers(self.objective, self.objective.inner_weights())
+        self.module, *self.wrapped = self.fabric.setup(self.objective, *self.optimizers)
+        if found:
+            tensors, standing = found
+            self.at = Standing(**standing)
+            self._set_tensors(tensors)
+            self.generator.set_state(tensors["generator"])
+        else:
+            self.at.max_steps = self._choose_steps()
+            if not math.isfinite(self._validate()):
+                raise TrainingError("the validation loss is not finite before training begins")
+        self.good = self._snapshot()
+        if folder and self.leader:
+            files.write_json(folder / "config.json", config | {"max_steps": self.at.max_steps})
+            self._trim_log()
+        self.reporter = Reporter(
+            self.at.max_steps, shown=shown and self.leader, done=self.at.step
+        )
+        with (
+            self._interruptible(),
+            self.reporter,
+            _event_writer(folder if tensorboard and self.leader else None) as self.board,
+        ):
+            interrupted = self._loop()
+        self.objective.model.load_state_dict(self.best)
+        metrics = {} if interrupted else self._finish()
+        self.objective.to(home)
+        if interrupted:
+            raise KeyboardInterrupt
+        at = self.at
+        return Run(
+            at.step, at.best_step, at.best, at.seconds, at.finished, self.history, at.events,
+            metrics, folder,
+        )  # fmt: skip
+
+    def _loop(self) -> bool:
+        """Train to the end; true if the user interrupted it."""
+        at, total = self.at, self.at.max_steps
+        log_every, pause_every = max(1, total // 200), max(10, min(100, total // 50))
+        clock = time.perf_counter()
+        while not at.finished:
+            rate = at.shrink * recipe.cosine(at.step, total) * self.settings.learning_rate
+            loss, terms = self._step(rate)
+            figure, stop = self._agree(loss)
+            at.step += 1
+            at.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            if math.isfinite(figure) and (at.step % log_every == 0 or at.step == total):
+                self._log(figure, terms, rate)
+            if not math.isfinite(figure):
+                self._retreat("the loss is not finite")
+            elif at.step % pause_every == 0 or at.step == total:
+                self._pause()
+            if self.history:
+                self.reporter.update(at.step, self.history[-1])
+            if stop:
+                self._checkpoint(self._snapshot())
+                return True
+        return False
+
+    def _step(self, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the optimisers; loss and terms of this process's share of the batch."""
+        recipe.set_rate(self.optimizers, rate)
+        size = min(self.settings.batch_size, len(self.rows))
+        if size == len(self.rows):
+            index = torch.arange(size)
+        else:
+            index = torch.randint(len(self.rows), (size,), generator=self.generator)
+        world = self.fabric.world_size
+        index = index[self.fabric.global_rank :: world]
+        share = len(index) * world / size  # so that the mean over processes is the batch's mean
+        batch, weights = self.rows.take(index)
+        batch = batch.to(self.fabric.device)
+        weights = None if weights is None else weights.to(self.fabric.device)
+        for optimizer in self.wrapped:
+            optimizer.zero_grad()
+        loss = self.module(batch, weights)
+        self.fabric.backward(loss.total * share)
+        for optimizer in self.wrapped:
+            optimizer.step()
+        return loss.total.detach() * share, {k: v * share for k, v in loss.terms.items()}
+
+    def _agree(self, loss: Tensor) -> tuple[float, bool]:
+        """The loss over all processes, and whether one of them was interrupted."""
+        stop = self.interrupted.is_set()
+        if self.fabric.world_size == 1:
+            return loss.item(), stop
+        both = torch.stack([loss.double(), torch.full_like(loss, float(stop)).double()])
+        mean, stops = self._mean(both).tolist()
+        return mean, stops > 0
+
+    def _mean(self, value: Tensor) -> Tensor:
+        if self.fabric.world_size == 1:
+            return value
+        result = self.fabric.all_reduce(value, reduce_op="mean")
+        assert isinstance(result, Tensor)
+        return result
+
+    def _pause(self) -> None:
+        """Validate, adapt, save."""
+        at = self.at
+        value = self._validate()
+        if not value - at.best <= 10 * max(1.0, at.first - at.best):  # NaN too
+            return self._retreat(f"the validation loss is {value:.4g}")
+        at.retreats = 0
+        index = torch.randint(len(self.rows), (CHECK_ROWS,), generator=self.generator)
+        message = self.objective.adapt(self.rows.take(index)[0].to(self.fabric.device))
+        if message:
+            self._event(f"step {at.step}: {message}")
+        if at.step >= at.max_steps:
+            at.finished = "steps"
+        elif at.stale >= self.settings.patience:
+            at.finished = "early"
+        self.good = self._snapshot()
+        self._checkpoint(self.good)
+
+    def _validate(self) -> float:
+        """Mean of the objective's figure over the watched rows; remembers the best model."""
+        at, device = self.at, self.fabric.device
+        index = torch.arange(self.fabric.global_rank, len(self.watched), self.fabric.world_size)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        if len(index):
+            x, w = self.watched.take(index)
+            values = self.objective.validate(x.to(device)).double()
+            total = (values if w is None else values * w.to(values)).sum()
+        value = self._mean(total).item() * self.fabric.world_size / len(self.watched)
+        at.first = min(at.first, value) if at.step else value
+        if value < at.best:
+            at.best, at.best_step, at.stale = value, at.step, 0
+            self.best = _clone(self.objective.model.state_dict())
+        else:
+            at.stale += 1
+        return value
+
+    def _retreat(self, reason: str) -> None:
+        """Back to the last good state with half the learning rate."""
+        at, step = self.at, self.at.step
+        retreats, shrink, events = at.retreats + 1, 0.5 * at.shrink, at.events
+        if retreats > RETREATS:
+            self.objective.model.load_state_dict(self.best)
+            raise TrainingError(
+                f"training diverged {RETREATS} times in a row at step {step} ({reason}); the "
+                "best model is kept. Try a smaller learning rate"
+            )
+        standing, tensors = self.good
+        vars(at).update(vars(copy.deepcopy(standing)))
+        at.retreats, at.shrink, at.events = retreats, shrink, events
+        self._set_tensors(tensors)
+        self.objective.caution()
+        self._event(
+            f"step {step}: {reason}; back to step {at.step}, learning rate x {shrink:g}"
+        )
+
+    def _choose_steps(self) -> int:
+        budget, steps = self.settings.budget, self.settings.max_steps
+        if budget is None:
+            return steps or self.objective.default_steps(len(self.rows))
+        _, tensors = self._snapshot()
+        seconds = []
+        for _ in range(12):
+            clock = time.perf_counter()
+            self._step(self.settings.learning_rate)
+            seconds.append(time.perf_counter() - clock)
+        self._set_tensors(tensors)
+        self.generator.set_state(tensors["generator"])
+        # Validation, and the finer time grids that training may turn to, take their share.
+        affordable = torch.tensor(0.6 * budget / statistics.median(seconds[2:]))
+        affordable = int(self._mean(affordable.to(self.fabric.device)).item())
+        return max(1, min(affordable, steps or affordable))
+
+    def _finish(self) -> dict[str, Any]:
+        at = self.at
+        metrics = {
+            "steps": at.step,
+            "best_step": at.best_step,
+            "validation_loss": at.best,
+            "seconds": round(at.seconds, 3),
+            "stopped": at.finished,
+            "events": at.events,
+            **self.objective.finish(self.held),
+        }
+        if self.folder and self.leader:
+            files.save(self.objective.model, self.folder / "model", metadata=self.metadata)
+            files.write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    # Saving and restoring
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        assert self.folder
+        return self.folder / "checkpoint" / "state.safetensors"
+
+    def _snapshot(self) -> tuple[Standing, dict[str, Tensor]]:
+        """All that training needs to go on from here."""
+        tensors = {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            tensors |= files.flatten(f"optimizer{i}", optimizer.state_dict()["state"])
+        self.at.objective = self.objective.state()
+        return copy.deepcopy(self.at), _clone(tensors) | {"generator": self.generator.get_state()}
+
+    def _set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.objective.load_state_dict(_part(tensors, "objective."))
+        self.objective.restore(self.at.objective)
+        self.best = _part(tensors, "best.")
+        for i, optimizer in enumerate(self.optimizers):
+            groups = optimizer.state_dict()["param_groups"]
+            state = files.unflatten(f"optimizer{i}", tensors)
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _checkpoint(self, snapshot: tuple[Standing, dict[str, Tensor]]) -> None:
+        if not (self.folder and self.leader):
+            return
+        standing, tensors = snapshot
+        try:
+            files.write_checkpoint(self._checkpoint_path, tensors, asdict(standing))
+            if self.at.best_step == self.at.step or not (self.folder / "model").exists():
+                self._write_best()
+        except OSError as error:
+            self._event(
+                f"step {self.at.step}: the checkpoint can't be written ({error}); the previous "
+                "one is kept"
+            )
+
+    def _write_best(self) -> None:
+        assert self.folder
+        model = self.objective.model
+        now = _clone(model.state_dict())
+        model.load_state_dict(self.best)
+        try:
+            files.save(model, self.folder / "model", metadata=self.metadata)
+        finally:
+            model.load_state_dict(now)
+
+    def _config(self) -> dict[str, Any]:
+        """Everything that decides the result, and what it ran on."""
+        model = self.objective.model
+        return {
+            "model": {"kind": type(model).__name__, **_configuration(model)},
+            "settings": asdict(self.settings),
+            "data": {
+                "rows": len(self.rows),
+                "validation_rows": len(self.held),
+                "columns": self.rows.columns,
+                "sha256": _digest(self.rows),
+                "validation_sha256": _digest(self.held),
+            },
+            "processes": self.fabric.world_size,
+            "threads": torch.get_num_threads(),
+            "device": str(self.fabric.device),
+            "versions": {
+                "pathline": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            "metadata": self.metadata,
+        }
+
+    def _check_same_run(self, config: dict[str, Any]) -> None:
+        assert self.folder
+        before = files.read_json(self.folder / "config.json")
+        for part in ("model", "settings", "data"):
+            for name, value in config[part].items():
+                old = before.get(part, {}).get(name)
+                if old != value:
+                    raise ArgumentError(
+                        f"the run in {self.folder} was started with another {part} {name}: "
+                        f"{old!r}, now {value!r}; --overwrite starts again"
+                    )
+
+    # What the user sees
+
+    def _log(self, loss: float, terms: dict[str, Tensor], rate: float) -> None:
+        entry = {"step": self.at.step, "seconds": round(self.at.seconds, 3), "loss": loss}
+        entry |= {name: self._mean(value).item() for name, value in terms.items()}
+        entry["learning_rate"] = rate
+        self.history.append(entry)
+        if not self.leader:
+            return
+        if self.folder:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self.board:
+            for name in entry.keys() - {"step", "seconds"}:
+                self.board.add_scalar(name, entry[name], entry["step"])
+
+    def _event(self, text: str) -> None:
+        self.at.events.append(text)
+        self.reporter.say(text)
+
+    def _trim_log(self) -> None:
+        """Drop what was logged after the checkpoint; take the rest as history."""
+        assert self.folder
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            for line in log.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    break
+                if entry["step"] <= self.at.step:
+                    self.history.append(entry)
+        text = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        files.write_atomically(log, lambda temporary: temporary.write_text(text))
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM stop training after the step at hand; a second Ctrl-C at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.interrupted.is_set():
+                raise KeyboardInterrupt
+            self.interrupted.set()
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _event_writer(folder: Path | None) -> Iterator[Any]:
+    if folder is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ArgumentError(
+            "TensorBoard is not installed; pip install 'pathline[tensorboard]'"
+        ) from None
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        yield writer
+
+
+def _configuration(model: torch.nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return dict(config()) if config else {}
+
+
+def _digest(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for x, w in rows.blocks():
+        digest.update(x.cpu().numpy().tobytes())
+        if w is not None:
+            digest.update(w.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
