@@ -1,5 +1,7 @@
 """The error types: each is a `PathlineError` and the builtin that callers already catch."""
 
+import difflib
+from collections.abc import Iterable
 
 class PathlineError(Exception):
     """Base of every error that Pathline raises on purpose; its text is for the user."""
@@ -27,3 +29,11 @@ class TrainingError(PathlineError, RuntimeError):
 
 class DataWarning(UserWarning):
     """The data can be used, but the user should know something about them."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The text of an error for a name that is not known, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"

@@ -48,8 +48,10 @@ def rollout(
         trajectory: keep the states at all steps.
     """
 
+    derivatives = potential.bind()
+
     def field(t: Tensor, z: Tensor, node: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        phi = potential.derivatives(z, t, context, value=False, dt=node, laplacian=node)
+        phi = derivatives(z, t, context, value=False, dt=node, laplacian=node)
         assert phi.grad is not None
         u = problem.feedback(t, z, phi.grad)
         dz = problem.dynamics(t, z, u)

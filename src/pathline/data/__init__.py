@@ -1,0 +1,43 @@
+"""Tables from files, checks that they can have a density, toy densities and real data sets."""
+
+from .electricity import load_electricity
+from .recipe import Recipe, check_table, resolution
+from .splits import Splits
+from .support import check_support, parse_support
+from .tables import Table, column_index, read_table, write_table
+from .toys import (
+    TOYS,
+    Checkerboard,
+    Circles,
+    EightGaussians,
+    Moons,
+    Pinwheel,
+    SwissRoll,
+    Toy,
+    TwoSpirals,
+)
+from .uci import load_uci
+
+__all__ = [
+    "TOYS",
+    "Checkerboard",
+    "Circles",
+    "EightGaussians",
+    "Moons",
+    "Pinwheel",
+    "Recipe",
+    "Splits",
+    "SwissRoll",
+    "Table",
+    "Toy",
+    "TwoSpirals",
+    "check_support",
+    "check_table",
+    "column_index",
+    "load_electricity",
+    "load_uci",
+    "parse_support",
+    "read_table",
+    "resolution",
+    "write_table",
+]

@@ -1,5 +1,7 @@
 """Any scalar network as a potential."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,10 @@ class AutodiffPotential(nn.Module):
                 f"`network(x, t, context)` must return ({x.shape[0]},), got {tuple(value.shape)}"
             )
         return value
+
+    def bind(self) -> Callable[..., Derivatives]:
+        """`derivatives`; nothing can be computed once."""
+        return self.derivatives
 
     def derivatives(
         self,

@@ -4,14 +4,16 @@ Source: Onken, Wu Fung, Li, Ruthotto, OT-Flow, AAAI 2021 (arXiv 2006.00104), sec
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, ShapeError
-from .trace import log_cosh, residual_trace
+from .trace import log_cosh, residual_trace, residual_weight
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Potential(nn.Module):
         grad: bool = True,
         dt: bool = True,
         laplacian: bool = True,
+        residual: Callable[[], Tensor] | None = None,
     ) -> Derivatives:
         """Value, gradient, time derivative and Laplacian in one pass, exactly.
 
@@ -111,6 +114,7 @@ class Potential(nn.Module):
             t: time, () or (batch,).
             context: (batch, context_dim), or None if the potential has none.
             value, grad, dt, laplacian: which of them to compute.
+            residual: what `bind` keeps between evaluations.
 
         Returns:
             `Derivatives`; each can be differentiated once with respect to x, t, context and
@@ -120,11 +124,11 @@ class Potential(nn.Module):
             ShapeError: an argument is not shaped as above.
         """
         s = self._stack(x, t, context)
-        first, *residual = self.layers
+        first, *inner = self.layers
         u, T = log_cosh(first(s))
         tanhs = [T]  # tanh(K_i u_{i-1} + b_i), i = 0..M
-        for i, layer in enumerate(residual, start=1):
-            if value or i < len(residual):
+        for i, layer in enumerate(inner, start=1):
+            if value or i < len(inner):
                 activation, T = log_cosh(layer(u))
                 u = u + self.h * activation
             else:  # u_M enters the value only
@@ -133,7 +137,7 @@ class Potential(nn.Module):
 
         z = self.w  # z_{M+1}
         slopes = []  # tanh'(.) z_{i+1}, from i = M down
-        for T, layer in zip(reversed(tanhs[1:]), reversed(residual), strict=True):
+        for T, layer in zip(reversed(tanhs[1:]), reversed(inner), strict=True):
             g = T * z
             if laplacian:
                 slopes.append(z - T * g)
@@ -147,22 +151,33 @@ class Potential(nn.Module):
             result["value"] = u @ self.w + 0.5 * As.square().sum(1) + s @ self.b + self.c
         if laplacian:
             slopes.append((1 - tanhs[0].square()) * z)
-            result["laplacian"] = self._laplacian(tanhs, slopes[::-1])
+            result["laplacian"] = self._laplacian(tanhs, slopes[::-1], residual)
         wanted = {"value": value, "grad": grad, "dt": dt, "laplacian": laplacian}
         return Derivatives(**{name: result[name] for name, on in wanted.items() if on})
 
-    def _laplacian(self, tanhs: list[Tensor], slopes: list[Tensor]) -> Tensor:
+    def bind(self) -> Callable[..., Derivatives]:
+        """`derivatives` with what depends on the parameters alone computed once, for many
+        evaluations with the same parameters."""
+        return partial(self.derivatives, residual=cache(self._residual_weight))
+
+    def _residual_weight(self) -> Tensor:
+        return residual_weight(self.layers[1].weight, self.layers[0].weight[:, : self.dim])
+
+    def _laplacian(
+        self, tanhs: list[Tensor], slopes: list[Tensor], residual: Callable[[], Tensor] | None
+    ) -> Tensor:
         """Sum over layers of slope_i . |row of K_i J_{i-1}|^2, J_i the Jacobian of u_i in x."""
-        first, *residual = (layer.weight for layer in self.layers)
+        first, *inner = (layer.weight for layer in self.layers)
         K0 = first[:, : self.dim]
         total = slopes[0] @ K0.square().sum(1) + self.A[:, : self.dim].square().sum()
-        if len(residual) == 1:
-            return total + self.h * residual_trace(tanhs[0], slopes[1], residual[0], K0)
+        if len(inner) == 1:
+            B = (residual or self._residual_weight)()
+            return total + self.h * residual_trace(tanhs[0], slopes[1], B)
         J = tanhs[0][:, None, :] * K0.mT  # (batch, dim, width)
-        for i, K in enumerate(residual, start=1):
+        for i, K in enumerate(inner, start=1):
             P = J @ K.mT
             total = total + self.h * (slopes[i] * P.square().sum(1)).sum(1)
-            if i < len(residual):
+            if i < len(inner):
                 J = J + self.h * tanhs[i][:, None, :] * P
         return total
 
@@ -211,7 +226,7 @@ class Potential(nn.Module):
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        first, *residual = self.layers
+        first, *inner = self.layers
         self.w.copy_(0.1 * normal(self.width))
         self.A.copy_(0.1 * normal(*self.A.shape))
         self.b.zero_()
@@ -225,7 +240,7 @@ class Potential(nn.Module):
         )
         first.weight.copy_(K0)
         first.bias.copy_(-(K0 * points).sum(1))
-        for layer in residual:
+        for layer in inner:
             layer.weight.copy_(normal(self.width, self.width) / math.sqrt(self.width))
             layer.bias.zero_()
 

@@ -1,9 +1,10 @@
 """Training of any objective: batches, recipe, checkpoints, run folders, progress."""
 
 from .fit import fit as fit
+from .fit import hold_out as hold_out
 from .objective import Loss as Loss
 from .objective import Objective as Objective
 from .rows import Rows as Rows
 from .trainer import Run as Run
 
-__all__ = ["Loss", "Objective", "Rows", "Run", "fit"]
+__all__ = ["Loss", "Objective", "Rows", "Run", "fit", "hold_out"]

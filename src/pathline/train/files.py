@@ -17,7 +17,10 @@ from .. import __version__
 from ..errors import ArgumentError, ModelError
 
 FORMAT = 1
-RUN_ENTRIES = ("config.json", "model", "checkpoint", "log.jsonl", "metrics.json", "report.html")
+RUN_ENTRIES = (
+    "config.json", "model", "checkpoint", "log.jsonl", "metrics.json", "report.html",
+    "held_out.npy", "samples.csv", "tensorboard",
+)  # fmt: skip
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

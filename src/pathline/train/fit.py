@@ -127,7 +127,12 @@ def _split(
                 f"`validation` must have {rows.columns} columns like `data`, got {held.columns}"
             )
         return rows, held
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator)
-    count = max(1, len(rows) // 10)
-    return rows.subset(order[count:].sort().values), rows.subset(order[:count])
+    kept, held_out = hold_out(len(rows), seed)
+    return rows.subset(kept), rows.subset(held_out)
+
+
+def hold_out(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rows that `fit` trains on, and of the random tenth that it holds out."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    count = max(1, rows // 10)
+    return order[count:].sort().values, order[:count]

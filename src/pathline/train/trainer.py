@@ -458,6 +458,11 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+def is_leader() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 @contextmanager
 def _event_writer(folder: Path | None) -> Iterator[Any]:
     if folder is None:

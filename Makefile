@@ -1,0 +1,47 @@
+# Two commands need nothing but Python 3.11 or newer and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test test-slow check docs bench clean
+
+help:
+	@echo "make demo    fit a density to real data, in runs/demo (minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format and types    make docs   the documentation, in build/docs"
+	@echo "make bench   the benchmarks            make clean  remove what make made"
+
+# PyTorch first, by its pinned version: the constraint picks the CPU build.
+$(VENV)/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) --editable ".[test,dev,docs]"
+	touch $@
+
+demo: $(VENV)/base
+	$(BIN)/pathline reproduce ot-flow-electricity --out runs/demo --overwrite
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" --doctest-modules src tests
+
+test-slow: $(VENV)/dev
+	$(BIN)/python -m pytest -q -m slow tests
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/dev
+	SMOKE=1 $(BIN)/sphinx-build -W -q docs build/docs
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/flow_step.py
+
+clean:
+	rm -rf $(VENV) build dist runs

@@ -1,0 +1,7 @@
+"""`python -m pathline` is the command `pathline`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,65 @@
+"""The command `pathline`, its exit codes and its one-line errors."""
+
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+
+from .. import __version__
+from ..errors import PathlineError, TrainingError
+from .fit import density
+from .reproduce import reproduce
+from .use import check, report, sample, score
+
+app = App(
+    name="pathline",
+    version=f"pathline {__version__}",
+    help="Continuous-time deep learning: exact, invertible densities of tables of numbers.",
+    version_flags=["--version"],
+)
+fit = App(name="fit", help="Fit a model to a file.")
+fit.command(density)
+app.command(fit)
+for command in (sample, score, check, report, reproduce):
+    app.command(command)
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the work failed, 2 bad input or usage,
+    130 interrupted."""
+    warnings.showwarning = _show_warning
+    try:
+        app(
+            sys.argv[1:] if arguments is None else list(arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except CycloptsError as error:
+        return _fail(BAD_INPUT, str(error))
+    except TrainingError as error:
+        return _fail(FAILED, str(error))
+    except PathlineError as error:
+        return _fail(BAD_INPUT, str(error))
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; --resume goes on from the last checkpoint")
+    except BrokenPipeError:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return FAILED
+    except OSError as error:
+        return _fail(FAILED, str(error))
+    return DONE
+
+
+def _fail(code: int, text: str) -> int:
+    print("pathline: " + " ".join(text.split()), file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"pathline: warning: {message}", file=sys.stderr)

@@ -1,0 +1,155 @@
+"""`pathline fit density`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..data import check_support, check_table, parse_support, read_table
+from ..errors import DataError
+from ..flows import OTFlow
+from ..report import finish_density
+from ..train import fit, hold_out
+from ..train.trainer import is_leader
+from .options import Columns, Flag, Positive, RunOptions, Seconds, Weight, answer, say
+
+CHECKED = 10_000  # held-out rows that the final figures use
+
+
+def density(
+    file: Path,
+    /,
+    *,
+    run: RunOptions,
+    validation: Path | None = None,
+    drop: Columns = None,
+    dequantize: Columns = None,
+    missing: Literal["refuse", "drop"] = "refuse",
+    support: Columns = None,
+    weights: str | None = None,
+    width: Positive | None = None,
+    depth: Positive = 2,
+    transport: Weight = 0.01,
+    hjb: Weight = 0.1,
+    standardize: bool = True,
+    batch_size: Positive = 512,
+    learning_rate: Seconds = 0.03,
+    patience: Positive = 15,
+    devices: Positive = 1,
+    nodes: Positive = 1,
+    strategy: str = "auto",
+    tensorboard: Flag = False,
+) -> None:
+    """Fit an exact, invertible density model to a table of numbers.
+
+    Parameters
+    ----------
+    file
+        The table: .csv, .npy, .npz or .parquet; one row for each observation.
+    run
+        What every command that trains takes.
+    validation
+        A table of the same columns that picks the best model; a tenth of FILE by default.
+    drop
+        Columns to leave out.
+    dequantize
+        Columns of discrete values: uniform noise of their resolution is added.
+    missing
+        Refuse missing values, or drop the rows that have some.
+    support
+        Bounds of a column: "col=positive", "col=[0,1]", "col=[2,inf)".
+    weights
+        Column of row weights.
+    width, depth
+        Neurons and layers of the potential.
+    transport, hjb
+        Weights of the transport cost and of the HJB residual, against the likelihood.
+    standardize
+        Work in coordinates of mean zero and covariance one.
+    batch_size
+        Rows of a training step, over all processes.
+    learning_rate
+        The first of a cosine schedule.
+    patience
+        Stop after this many validations without improvement, of about fifty.
+    devices, nodes, strategy
+        Processes on each machine, machines, and Lightning Fabric's strategy (ddp).
+    tensorboard
+        Also write TensorBoard events.
+    """
+    table = read_table(file)
+    row_weights = None
+    if weights is not None:
+        row_weights = table.select([weights]).values[:, 0]
+        table = table.drop([weights])
+        if np.isnan(row_weights).any():
+            raise DataError(f"{file.name}: the weights in column {weights!r} have missing values")
+        if missing == "drop":
+            whole = ~np.isnan(table.drop(_names(drop, table.columns)).values).any(1)
+            say(f"{len(whole) - whole.sum()} of {len(whole)} rows have missing values, dropped")
+            table, row_weights = replace(table, values=table.values[whole]), row_weights[whole]
+    table, recipe = check_table(
+        table,
+        dequantize=_names(dequantize, table.columns),
+        drop=_names(drop, table.columns),
+        missing=missing,
+        seed=run.seed,
+    )
+    for note in recipe.notes:
+        say(note)
+    bounds = parse_support(support or [], table.columns)
+    check_support(table, bounds)
+    held = None
+    if validation is not None:
+        held = recipe.apply(read_table(validation), seed=run.seed + 1).values
+        check_support(replace(table, values=held), bounds)
+    flow = OTFlow(
+        len(table.columns),
+        width,
+        depth,
+        transport=transport,
+        hjb=hjb,
+        standardize=standardize,
+        support=bounds if support else None,
+        generator=torch.Generator().manual_seed(run.seed),
+    )
+    metadata = {"recipe": recipe.to_dict(), "file": str(file.resolve()), "command": "fit density"}
+    fit(
+        flow,
+        table.values,
+        validation=held,
+        sample_weight=row_weights,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        patience=patience,
+        devices=devices,
+        nodes=nodes,
+        strategy=strategy,
+        tensorboard=tensorboard,
+        metadata=metadata,
+        **run.training(),
+    )
+    if not is_leader():
+        return
+    if held is None:
+        held = table.values[hold_out(len(table), run.seed)[1].numpy()]
+    metrics = finish_density(run.out, held[:CHECKED], table.columns, title=f"Density of {file.name}")
+    answer(metrics, run.json, _summary(run.out, metrics))
+
+
+def _names(values: list[str] | None, columns: tuple[str, ...]) -> list[str]:
+    """Column names of a flag that may be repeated or hold a list with commas."""
+    names: list[str] = []
+    for value in values or []:
+        names += [value] if value in columns else [part.strip() for part in value.split(",")]
+    return names
+
+
+def _summary(folder: Path, metrics: dict[str, Any]) -> str:
+    return (
+        f"held-out negative log-likelihood {metrics['nll']:.4f} nats "
+        f"({metrics['nll_rows']} rows)\n{metrics['check']['verdict']}\n"
+        f"wrote {folder}: model, report.html, metrics.json, log.jsonl"
+    )
