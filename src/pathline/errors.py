@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
+
 class PathlineError(Exception):
     """Base of every error that Pathline raises on purpose; its text is for the user."""
 

@@ -34,7 +34,9 @@ def load(folder: str | Path) -> Any:
         model.load_state_dict(state, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder} is damaged: weights and description differ ({reason})") from None
+        raise ModelError(
+            f"{folder} is damaged: weights and description differ ({reason})"
+        ) from None
     return model
 
 

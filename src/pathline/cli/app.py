@@ -1,9 +1,10 @@
 """The command `pathline`, its exit codes and its one-line errors."""
 
-import signal
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -32,13 +33,15 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the work failed, 2 bad input or usage,
     130 interrupted."""
-    warnings.showwarning = _show_warning
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        app(
-            sys.argv[1:] if arguments is None else list(arguments),
-            exit_on_error=False,
-            print_error=False,
-            result_action="return_value",
+        result = app(
+            arguments, exit_on_error=False, print_error=False, result_action="return_value"
         )
     except CycloptsError as error:
         return _fail(BAD_INPUT, str(error))
@@ -49,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted; --resume goes on from the last checkpoint")
     except BrokenPipeError:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         return _fail(FAILED, str(error))
-    return DONE
+    return result if isinstance(result, int) else DONE
 
 
 def _fail(code: int, text: str) -> int:
@@ -61,5 +64,12 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"pathline: warning: {message}", file=sys.stderr)

@@ -135,7 +135,9 @@ def density(
         return
     if held is None:
         held = table.values[hold_out(len(table), run.seed)[1].numpy()]
-    metrics = finish_density(run.out, held[:CHECKED], table.columns, title=f"Density of {file.name}")
+    metrics = finish_density(
+        run.out, held[:CHECKED], table.columns, title=f"Density of {file.name}"
+    )
     answer(metrics, run.json, _summary(run.out, metrics))
 
 

@@ -57,6 +57,7 @@ def rollout(
         dz = problem.dynamics(t, z, u)
         if not node:
             return dz, {}
+        assert phi.dt is not None
         running_cost = problem.running_cost(t, z, u)
         return dz, {
             "running_cost": running_cost,
@@ -75,6 +76,4 @@ def rollout(
         trajectory=trajectory,
     )
     got = path.integrals
-    return Rollout(
-        path.z, got.get("running_cost"), got.get("log_det"), got.get("hjb"), path.zs
-    )
+    return Rollout(path.z, got.get("running_cost"), got.get("log_det"), got.get("hjb"), path.zs)

@@ -37,6 +37,12 @@ class Recipe:
     missing: str
     notes: tuple[str, ...]
 
+    @classmethod
+    def untouched(cls, dim: int, columns: Sequence[str] | None = None) -> "Recipe":
+        """That of a table of `dim` columns that needed nothing done to it."""
+        names = tuple(columns or (f"x{i}" for i in range(dim)))
+        return cls(names, names, columns is not None, {}, {}, "refuse", ())
+
     @property
     def dropped(self) -> tuple[str, ...]:
         """The columns left out."""
@@ -267,7 +273,10 @@ def _refuse_copies(table: Table, sample: np.ndarray) -> None:
 
 
 def _relation(values: np.ndarray, pair: list[int], centre: np.ndarray) -> str:
-    """How two columns that are copies in a sample are related in all rows; "" if they aren't."""
+    """How two columns that are copies in a sample are related in all rows; "" if they aren't.
+
+    Two rows lie on a line, which says nothing.
+    """
     equal, mean, square = True, np.zeros(2), np.zeros((2, 2))
     for _, block in blocks(values):
         x = block[:, pair].astype(np.float64)
@@ -277,7 +286,8 @@ def _relation(values: np.ndarray, pair: list[int], centre: np.ndarray) -> str:
         square += x.T @ x / len(values)
     covariance = square - np.outer(mean, mean)
     bound = (1 - ROUND_OFF) ** 2 * covariance[0, 0] * covariance[1, 1]
-    return "equal" if equal else "affine copies" if covariance[0, 1] ** 2 > bound else ""
+    affine = len(values) > 2 and covariance[0, 1] ** 2 > bound
+    return "equal" if equal else "affine copies" if affine else ""
 
 
 def _refuse_discrete(table: Table, sample: np.ndarray, spread: Sequence[str]) -> list[str]:

@@ -138,8 +138,7 @@ def _grid_mass(flow: "OTFlow", y: Tensor, points: int = 300) -> float:
     """Integral of the density over the box of the data and three units around it."""
     low, high = y.amin(0) - 3, y.amax(0) + 3
     axes = [
-        torch.linspace(a, b, points).to(y)
-        for a, b in zip(low.tolist(), high.tolist(), strict=True)
+        torch.linspace(a, b, points).to(y) for a, b in zip(low.tolist(), high.tolist(), strict=True)
     ]
     grid = torch.cartesian_prod(*axes).reshape(-1, flow.dim)
     cell = math.prod((axis[1] - axis[0]).item() for axis in axes)

@@ -9,6 +9,8 @@ from torch.distributions import Distribution, constraints
 if TYPE_CHECKING:
     from .otflow import OTFlow
 
+Shape = Size | list[int] | tuple[int, ...]
+
 
 class FlowDistribution(Distribution):
     """The density of a flow: event shape (dim,), reparametrised samples, log-densities in nats.
@@ -25,32 +27,30 @@ class FlowDistribution(Distribution):
     def __init__(
         self,
         flow: "OTFlow",
-        batch_shape: Size | tuple[int, ...] = (),
+        batch_shape: Shape = (),
         validate_args: bool | None = None,
     ) -> None:
         self.flow = flow
         super().__init__(Size(batch_shape), Size((flow.dim,)), validate_args=validate_args)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """All of space, or the box of the flow's bounded columns."""
         standardize = self.flow.standardize
         if not standardize.bounded:
             return constraints.real_vector
         return constraints.independent(_Open(standardize.lower, standardize.upper), 1)
 
-    def expand(
-        self, batch_shape: Size | tuple[int, ...], _instance: Any = None
-    ) -> "FlowDistribution":
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> "FlowDistribution":
         """The same density with another batch shape."""
         return FlowDistribution(self.flow, Size(batch_shape), validate_args=self._validate_args)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Samples of shape sample_shape + batch_shape + (dim,), differentiable in the flow."""
         return self.rsample_and_log_prob(sample_shape, log_prob=False)[0]
 
     def rsample_and_log_prob(
-        self, sample_shape: Size | tuple[int, ...] = (), *, log_prob: bool = True
+        self, sample_shape: Shape = (), *, log_prob: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Samples and their log-densities in one solve."""
         shape = self._extended_shape(Size(sample_shape))

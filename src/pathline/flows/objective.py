@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..control import rollout
 from ..train import Loss, Objective, Rows
@@ -25,6 +25,8 @@ class FlowObjective(Objective):
     Source: Onken et al., OT-Flow (arXiv 2006.00104), equation (8), divided by their alpha_C.
     """
 
+    model: "OTFlow"
+
     def __init__(self, flow: "OTFlow") -> None:
         super().__init__()
         self.model = flow
@@ -43,6 +45,7 @@ class FlowObjective(Objective):
         """C, L and R of each row of standardised data."""
         flow = self.model
         path = rollout(flow.problem, flow.potential, flow.cast(y), steps=steps)
+        assert not (path.log_det is None or path.running_cost is None or path.hjb is None)
         C = flow.problem.terminal_cost(path.z) - path.log_det
         return C, path.running_cost, path.hjb
 
@@ -86,11 +89,11 @@ class FlowObjective(Objective):
             "time_steps": self.model.steps,
         }
 
-    def inner_weights(self) -> list[nn.Parameter]:
+    def inner_weights(self) -> list[Tensor]:
         return self.model.potential.inner_weights()
 
     def default_steps(self, rows: int) -> int:
-        return int(min(max(20 * rows**0.5, 200), 4000))
+        return int(min(max(20 * rows**0.5, 200), 3000))
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "hjb": self.hjb}

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, DataError
 from ..train import Rows
 
-Bounds = tuple[float, float]
-FREE: Bounds = (-math.inf, math.inf)
+Bounds = tuple[float | None, float | None]
 
 
 class Standardize(nn.Module):
@@ -31,17 +30,28 @@ class Standardize(nn.Module):
 
     def __init__(self, dim: int, bounds: Sequence[Bounds] | None = None) -> None:
         super().__init__()
-        bounds = [FREE] * dim if bounds is None else [(float(a), float(b)) for a, b in bounds]
-        if len(bounds) != dim or any(not lower < upper for lower, upper in bounds):
+        bounds = [(None, None)] * dim if bounds is None else bounds
+        ends = [
+            (-math.inf if a is None else float(a), math.inf if b is None else float(b))
+            for a, b in bounds
+        ]
+        if len(ends) != dim or any(not a < b for a, b in ends):
             raise ArgumentError(
                 f"`support` must hold {dim} pairs (lower, upper) with lower < upper, got {bounds}"
             )
-        lower, upper = torch.tensor(bounds, dtype=torch.float64).reshape(dim, 2).unbind(1)
+        lower, upper = torch.tensor(ends, dtype=torch.float64).reshape(dim, 2).unbind(1)
         self.register_buffer("mean", torch.zeros_like(lower))
         self.register_buffer("scale", torch.eye(dim, dtype=torch.float64))
         self.register_buffer("lower", lower.clone())
         self.register_buffer("upper", upper.clone())
         self.bounded = bool((lower.isfinite() | upper.isfinite()).any())
+
+    def bounds(self) -> list[list[float | None]] | None:
+        """(lower, upper) of each column, None where free; None if all columns are free."""
+        if not self.bounded:
+            return None
+        pairs = zip(self.lower.tolist(), self.upper.tolist(), strict=True)
+        return [[end if math.isfinite(end) else None for end in pair] for pair in pairs]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates y of the rows of `x` (batch, dim), and log |det dy/dx| (batch,)."""

@@ -22,9 +22,10 @@ class Tableau:
 
     def __post_init__(self) -> None:
         triangular = all(len(row) == i for i, row in enumerate(self.a))
-        consistent = all(
-            abs(sum(row) - c) < 1e-12 for row, c in zip(self.a, self.c, strict=True)
-        ) and abs(sum(self.b) - 1) < 1e-12
+        consistent = (
+            all(abs(sum(row) - c) < 1e-12 for row, c in zip(self.a, self.c, strict=True))
+            and abs(sum(self.b) - 1) < 1e-12
+        )
         if not (triangular and consistent and len(self.a) == len(self.b) == len(self.c)):
             raise ArgumentError(f"the tableau {self.name!r} is not a consistent explicit method")
 

@@ -62,6 +62,4 @@ class AutodiffPotential(nn.Module):
             )
         if keep:
             return result
-        return Derivatives(
-            **{k: v if v is None else v.detach() for k, v in vars(result).items()}
-        )
+        return Derivatives(**{k: v if v is None else v.detach() for k, v in vars(result).items()})

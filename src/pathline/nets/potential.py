@@ -10,7 +10,6 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ArgumentError, ShapeError
 from .trace import log_cosh, residual_trace, residual_weight
@@ -80,8 +79,7 @@ class Potential(nn.Module):
         self.b.zero_()
         self.c.zero_()
         nn.init.xavier_uniform_(self.A, generator=generator)
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
+        for i, layer in enumerate(self._linears()):
             if i > 1:
                 layer.load_state_dict(self.layers[1].state_dict())
                 continue
@@ -124,7 +122,7 @@ class Potential(nn.Module):
             ShapeError: an argument is not shaped as above.
         """
         s = self._stack(x, t, context)
-        first, *inner = self.layers
+        first, *inner = self._linears()
         u, T = log_cosh(first(s))
         tanhs = [T]  # tanh(K_i u_{i-1} + b_i), i = 0..M
         for i, layer in enumerate(inner, start=1):
@@ -135,7 +133,7 @@ class Potential(nn.Module):
                 T = torch.tanh(layer(u))
             tanhs.append(T)
 
-        z = self.w  # z_{M+1}
+        z: Tensor = self.w  # z_{M+1}
         slopes = []  # tanh'(.) z_{i+1}, from i = M down
         for T, layer in zip(reversed(tanhs[1:]), reversed(inner), strict=True):
             g = T * z
@@ -161,13 +159,14 @@ class Potential(nn.Module):
         return partial(self.derivatives, residual=cache(self._residual_weight))
 
     def _residual_weight(self) -> Tensor:
-        return residual_weight(self.layers[1].weight, self.layers[0].weight[:, : self.dim])
+        first, second = self._linears()
+        return residual_weight(second.weight, first.weight[:, : self.dim])
 
     def _laplacian(
         self, tanhs: list[Tensor], slopes: list[Tensor], residual: Callable[[], Tensor] | None
     ) -> Tensor:
         """Sum over layers of slope_i . |row of K_i J_{i-1}|^2, J_i the Jacobian of u_i in x."""
-        first, *inner = (layer.weight for layer in self.layers)
+        first, *inner = (layer.weight for layer in self._linears())
         K0 = first[:, : self.dim]
         total = slopes[0] @ K0.square().sum(1) + self.A[:, : self.dim].square().sum()
         if len(inner) == 1:
@@ -197,15 +196,18 @@ class Potential(nn.Module):
             raise ShapeError(f"`context` must be {want}, got {got}")
         return torch.cat(columns, dim=1)
 
+    def _linears(self) -> list[nn.Linear]:
+        return list(self.layers)  # type: ignore[arg-type]
+
     def hold_constant(self) -> None:
         """Make `c` a buffer: an objective that never sees the value gives it no gradient."""
         c = self.c.detach()
         del self.c
         self.register_buffer("c", c)
 
-    def inner_weights(self) -> list[nn.Parameter]:
+    def inner_weights(self) -> list[Tensor]:
         """The hidden-to-hidden matrices K_1 ... K_M."""
-        return [layer.weight for layer in list(self.layers)[1:]]  # type: ignore[misc]
+        return [layer.weight for layer in self._linears()[1:]]
 
     @torch.no_grad()
     def random_features(
@@ -226,7 +228,7 @@ class Potential(nn.Module):
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-        first, *inner = self.layers
+        first, *inner = self._linears()
         self.w.copy_(0.1 * normal(self.width))
         self.A.copy_(0.1 * normal(*self.A.shape))
         self.b.zero_()
@@ -243,5 +245,3 @@ class Potential(nn.Module):
         for layer in inner:
             layer.weight.copy_(normal(self.width, self.width) / math.sqrt(self.width))
             layer.bias.zero_()
-
-

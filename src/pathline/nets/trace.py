@@ -30,7 +30,7 @@ class _LogCosh(torch.autograd.Function):
 
 def log_cosh(x: Tensor) -> tuple[Tensor, Tensor]:
     """log(2 cosh x) and its derivative tanh x, computed once and without overflow."""
-    return _LogCosh.apply(x)  # type: ignore[no-untyped-call]
+    return _LogCosh.apply(x)
 
 
 class _ResidualTrace(torch.autograd.Function):
@@ -83,4 +83,4 @@ def residual_trace(T: Tensor, slope: Tensor, B: Tensor) -> Tensor:
     Returns:
         (batch,), differentiable once.
     """
-    return _ResidualTrace.apply(T, slope, B)  # type: ignore[no-untyped-call]
+    return _ResidualTrace.apply(T, slope, B)

@@ -19,7 +19,8 @@ from .experiment import Outcome, RunArguments
 TABLES: dict[str, Callable[[], Splits]] = {
     "electricity": load_electricity,
     **{
-        name: partial(load_uci, name) for name in ("wine_red", "wine_white", "parkinsons", "concrete")
+        name: partial(load_uci, name)
+        for name in ("wine_red", "wine_white", "parkinsons", "concrete")
     },
 }
 
@@ -37,9 +38,7 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     if size == "small":
         flow = OTFlow(dim, generator=generator)
     elif name == "electricity":
-        flow = OTFlow(
-            dim, 128, transport=1 / 500, hjb=5 / 500, train_steps=10, generator=generator
-        )
+        flow = OTFlow(dim, 128, transport=1 / 500, hjb=5 / 500, train_steps=10, generator=generator)
         options |= {"batch_size": 10_000}
         options["max_steps"] = options["max_steps"] or 36_000
     else:

@@ -34,7 +34,7 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
 
     Size small has the default settings, full those of the authors.
     """
-    toy = TOYS[name]()
+    toy = TOYS[name]
     generator = torch.Generator().manual_seed(arguments.seed + 1000)
     train, validation, test = (toy.sample(rows, generator) for rows in ROWS.values())
     steps, batch, rate, alpha_c, alpha_r, iterations, published = PAPER[name]

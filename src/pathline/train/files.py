@@ -65,7 +65,9 @@ def save(model: nn.Module, folder: str | Path, *, metadata: dict[str, Any] | Non
         metadata: anything JSON-safe to keep beside the model, such as column names.
     """
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode() + state[name].numpy().tobytes())

@@ -47,7 +47,7 @@ class Objective(nn.Module):
         """Called once with the validation rows and the best model; returns metrics."""
         return {}
 
-    def inner_weights(self) -> list[nn.Parameter]:
+    def inner_weights(self) -> list[Tensor]:
         """Square hidden matrices, trained by Muon."""
         return []
 

@@ -61,7 +61,9 @@ class Reporter:
             elapsed = time.perf_counter() - self.started
             rate = (step - self.start) / max(elapsed, 1e-9)
             left = (self.total - step) / max(rate, 1e-9)
-            line = f"step {step}/{self.total}  {_terms(entry)}  {rate:.1f} steps/s  {left:.0f} s left"
+            line = (
+                f"step {step}/{self.total}  {_terms(entry)}  {rate:.1f} steps/s  {left:.0f} s left"
+            )
             print(line, file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

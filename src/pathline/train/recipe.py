@@ -3,14 +3,14 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MUON_RATE = 0.5  # with match_rms_adamw's 0.2 sqrt(width): a step of 0.1 sqrt(width) * rate
 FINAL_RATE = 0.01  # of the first
 
 
-def optimizers(module: nn.Module, inner: list[nn.Parameter]) -> list[Optimizer]:
+def optimizers(module: nn.Module, inner: list[Tensor]) -> list[Optimizer]:
     """Adam for the parameters of `module`, and Muon for `inner`, if there are any.
 
     Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix, so that all its directions
@@ -23,9 +23,7 @@ def optimizers(module: nn.Module, inner: list[nn.Parameter]) -> list[Optimizer]:
         found.append(torch.optim.Adam(rest, betas=(0.9, 0.99)))
     if inner:
         found.append(
-            torch.optim.Muon(
-                inner, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(inner, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
         )
     return found
 

@@ -51,9 +51,7 @@ class Rows:
             return None
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (len(self),):
-            raise ShapeError(
-                f"`sample_weight` must be ({len(self)},), got {tuple(weights.shape)}"
-            )
+            raise ShapeError(f"`sample_weight` must be ({len(self)},), got {tuple(weights.shape)}")
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
             raise DataError("`sample_weight` must be finite and not negative")
         if not weights.sum() > 0:

@@ -144,9 +144,7 @@ class Trainer:
         if folder and self.leader:
             files.write_json(folder / "config.json", config | {"max_steps": self.at.max_steps})
             self._trim_log()
-        self.reporter = Reporter(
-            self.at.max_steps, shown=shown and self.leader, done=self.at.step
-        )
+        self.reporter = Reporter(self.at.max_steps, shown=shown and self.leader, done=self.at.step)
         with (
             self._interruptible(),
             self.reporter,
@@ -278,9 +276,7 @@ class Trainer:
         at.retreats, at.shrink, at.events = retreats, shrink, events
         self._set_tensors(tensors)
         self.objective.caution()
-        self._event(
-            f"step {step}: {reason}; back to step {at.step}, learning rate x {shrink:g}"
-        )
+        self._event(f"step {step}: {reason}; back to step {at.step}, learning rate x {shrink:g}")
 
     def _choose_steps(self) -> int:
         budget, steps = self.settings.budget, self.settings.max_steps
@@ -295,8 +291,8 @@ class Trainer:
         self._set_tensors(tensors)
         self.generator.set_state(tensors["generator"])
         # Validation, and the finer time grids that training may turn to, take their share.
-        affordable = torch.tensor(0.6 * budget / statistics.median(seconds[2:]))
-        affordable = int(self._mean(affordable.to(self.fabric.device)).item())
+        share = torch.tensor(0.6 * budget / statistics.median(seconds[2:]))
+        affordable = int(self._mean(share.to(self.fabric.device)).item())
         return max(1, min(affordable, steps or affordable))
 
     def _finish(self) -> dict[str, Any]:
