@@ -52,7 +52,7 @@ def stack(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
 def random_potential(
     dim: int, width: int, depth: int = 2, *, scale: float = 1.0, seed: int = 0, **kwargs: int
 ) -> Potential:
-    """A double-precision potential whose every parameter is random, of derivatives about `scale`."""
+    """A double-precision potential whose every parameter is random; derivatives are of `scale`."""
     potential = Potential(dim, width, depth, **kwargs).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -147,8 +147,14 @@ def test_quadratic_potential():
 
 @pytest.mark.parametrize(
     "dim, width, count",
-    [(2, 32, 1229), (6, 128, 17721), (8, 350, 126791), (21, 256, 72179), (43, 256, 78053)]
-    + [(63, 512, 297153)],
+    [
+        (2, 32, 1229),
+        (6, 128, 17721),
+        (8, 350, 126791),
+        (21, 256, 72179),
+        (43, 256, 78053),
+        (63, 512, 297153),
+    ],
 )
 def test_published_parameter_counts(dim, width, count):
     potential = Potential(dim, width)

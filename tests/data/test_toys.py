@@ -8,7 +8,7 @@ from pathline.data import TOYS, Moons
 from pathline.errors import ShapeError
 
 each = pytest.mark.parametrize("name", TOYS)
-N = 20_000
+N = 20_000  # points
 # -E log p in nats, by Monte Carlo of earlier implementations, with their round-off
 KNOWN = {"8gaussians": 2.833, "swissroll": 2.679, "circles": 3.276, "moons": 2.397}
 

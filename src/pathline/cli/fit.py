@@ -80,7 +80,7 @@ def density(
         Also write TensorBoard events.
     """
     table = read_table(file)
-    row_weights = None
+    columns, row_weights = table.columns, None
     if weights is not None:
         row_weights = table.select([weights]).values[:, 0]
         table = table.drop([weights])
@@ -97,6 +97,7 @@ def density(
         missing=missing,
         seed=run.seed,
     )
+    recipe = replace(recipe, original=columns)
     for note in recipe.notes:
         say(note)
     bounds = parse_support(support or [], table.columns)

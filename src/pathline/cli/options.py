@@ -10,6 +10,7 @@ from cyclopts import Parameter, validators
 
 from .. import models
 from ..data import Recipe
+from ..train.files import finite
 
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0))]
@@ -53,7 +54,7 @@ class RunOptions:
 
 def answer(content: dict[str, Any], as_json: bool, text: str) -> None:
     """Print the result of a command: one JSON object, or `text`."""
-    print(json.dumps(content, allow_nan=False) if as_json else text)
+    print(json.dumps(finite(content)) if as_json else text)
 
 
 def say(text: str) -> None:

@@ -107,12 +107,15 @@ def _importance_mass(
     """Integral of the density over standardised space, its standard error, and the effective
     fraction of the samples.
 
-    The proposal is a kernel density of up to 2000 rows, of which every tenth draw is wide.
+    The proposal is a kernel density of up to 1000 rows of data and 1000 samples of the flow; every
+    tenth of its draws is wide.
     """
     generator = torch.Generator().manual_seed(seed)
     dim = flow.dim
-    centres = y[torch.randperm(len(y), generator=generator)[:2000].to(y.device)]
-    narrow = 1.5 * len(centres) ** (-1 / (dim + 4)) * centres.std(0).clamp_min(1e-6)
+    rows = y[torch.randperm(len(y), generator=generator)[:1000].to(y.device)]
+    own, _ = flow.standardize(flow.sample(1000, seed=seed).to(flow.standardize.mean))
+    centres = torch.cat([rows, own])
+    narrow = 1.5 * len(centres) ** (-1 / (dim + 4)) * centres.std(0)
     widths, shares = torch.stack([narrow, 3 * narrow + 0.5]), (0.9, 0.1)
     pick = torch.randint(len(centres), (samples,), generator=generator).to(y.device)
     wide = (torch.rand(samples, generator=generator) < shares[1]).long().to(y.device)

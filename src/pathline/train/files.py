@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -37,9 +38,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def finite(content: Any) -> Any:
+    """`content` with null in place of infinite and undefined numbers, which JSON lacks."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: object) -> None:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    """Write `content` as indented JSON, atomically; infinite and undefined numbers become null."""
+    text = json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
