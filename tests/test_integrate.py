@@ -101,7 +101,7 @@ def test_quadrature_is_exact_for_cubics_in_time(steps, method):
             field, torch.zeros(2, 1).double(), steps=steps, start=start, stop=stop, method=method,
             quadrature=True,
         )  # fmt: skip
-        want = torch.tensor([primitive(stop) - primitive(start)]).double().expand(2)
+        want = torch.full((2,), primitive(stop) - primitive(start), dtype=torch.float64)
         torch.testing.assert_close(got.integrals["cubic"].double(), want, rtol=1e-13, atol=1e-13)
         length = torch.full((2,), stop - start)
         torch.testing.assert_close(got.integrals["one"], length)

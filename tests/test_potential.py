@@ -41,7 +41,7 @@ def test_derivatives_are_exact(dim, depth, context_dim):
     potential = random_potential(dim, 12, depth, context_dim=context_dim)
     plain = PlainPotential(potential)
     x, times, context = points(5, dim, context_dim)
-    for t in (times, torch.tensor(0.3).double()):
+    for t in (times, torch.tensor(0.3, dtype=torch.float64)):
         got = everything(potential.derivatives(x, t, context))
         for a, b in zip(got, plain.derivatives(x, t, context), strict=True):
             close(a, b)
@@ -332,7 +332,7 @@ def test_authors_checkpoint(name, width):
         close(got.grad, stored["grad"][:, :dim], 1e-9)
         close(got.dt, stored["grad"][:, dim], 1e-9)
         close(got.laplacian, stored["trHess"], 1e-9)
-        at = potential.derivatives(stored["x"], torch.tensor(0.3).double())
+        at = potential.derivatives(stored["x"], torch.tensor(0.3, dtype=torch.float64))
         L = 0.5 * at.grad.square().sum(1)
         rates = [-at.grad, -at.laplacian[:, None], L[:, None], (at.dt - L).abs()[:, None]]
         close(torch.cat(rates, 1), stored["odefun_t0.3"], 1e-9)

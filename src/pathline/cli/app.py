@@ -10,7 +10,7 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from .. import __version__
-from ..errors import PathlineError, TrainingError
+from ..errors import DataWarning, PathlineError, TrainingError
 from .fit import density
 from .reproduce import reproduce
 from .use import check, report, sample, score
@@ -20,6 +20,7 @@ app = App(
     version=f"pathline {__version__}",
     help="Continuous-time deep learning: exact, invertible densities of tables of numbers.",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 fit = App(name="fit", help="Fit a model to a file.")
 fit.command(density)
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130 interrupted."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        warnings.simplefilter("always", DataWarning)
         return _run(sys.argv[1:] if arguments is None else list(arguments))
 
 

@@ -59,6 +59,13 @@ class FlowObjective(Objective):
     def validate(self, batch: Tensor) -> Tensor:
         return self.nll(batch, 2 * self.steps + 1)
 
+    def check(self, rows: Rows) -> None:
+        self.model.check_rows(rows)
+
+    def threads(self, rows: int) -> int | None:
+        small = rows * self.model.potential.width * self.model.dim < 2**19
+        return 1 if small else None  # the hand-over between threads would take longer
+
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         self.model.prepare(rows, generator)
 

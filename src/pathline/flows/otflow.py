@@ -184,16 +184,21 @@ class OTFlow(nn.Module):
         """
         return check(self, self._input(x), seed=seed)
 
+    def check_rows(self, rows: Rows) -> None:
+        """Raise where the flow can't have a density at these rows: a `ShapeError` for another
+        number of columns, a `DataError` for a value on or outside its bounds."""
+        if rows.columns != self.dim:
+            raise ShapeError(
+                f"`{rows.name}` must have {self.dim} columns like the flow, got {rows.columns}"
+            )
+        self.standardize.check_rows(rows)
+
     @torch.no_grad()
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         """Fit the standardisation, and start Phi from random features of the data.
 
         Does nothing on a flow that was prepared before: training goes on from where it is.
         """
-        if rows.columns != self.dim:
-            raise ShapeError(
-                f"`{rows.name}` must have {self.dim} columns like the flow, got {rows.columns}"
-            )
         if self.prepared:
             return
         if self.standardizes:

@@ -87,6 +87,20 @@ class Standardize(nn.Module):
         """Whether each value lies strictly within its bounds, (batch, dim)."""
         return (x > self.lower) & (x < self.upper)
 
+    def check_rows(self, rows: Rows) -> None:
+        """Raise a `DataError` if a value lies on or outside its bounds."""
+        if not self.bounded:
+            return
+        for x, _ in rows.blocks():
+            outside = ~self.inside(x.to(self.lower))
+            if outside.any():
+                row, column = torch.nonzero(outside)[0].tolist()
+                raise DataError(
+                    f"`{rows.name}` has a value on or outside the bounds of column {column}: "
+                    f"{x[row, column].item()} is not in "
+                    f"({self.lower[column].item()}, {self.upper[column].item()})"
+                )
+
     @torch.no_grad()
     def fit(self, rows: Rows) -> None:
         """Set mean and scale from the training rows.
@@ -94,21 +108,13 @@ class Standardize(nn.Module):
         With few rows the correlations shrink towards none by exp(-rows/dim).
 
         Raises:
-            DataError: a constant column, a value on or outside its bounds, or columns that are
-                linearly dependent: no density exists then.
+            DataError: a constant column, or columns that are linearly dependent: no density
+                exists then.
         """
         dim = rows.columns
         mean, square = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
         first = None
         for x, w in rows.blocks():
-            outside = ~self.inside(x.cpu().to(self.lower))
-            if outside.any():
-                _, column = torch.nonzero(outside)[0].tolist()
-                raise DataError(
-                    f"`{rows.name}` has a value on or outside the bounds of column {column}: "
-                    f"{x[outside.to(x.device)][0].item()} is not in "
-                    f"({self.lower[column].item()}, {self.upper[column].item()})"
-                )
             g = self.unbound(x.to(self.mean))[0].cpu()
             first = g[0] if first is None else first  # a pilot mean, against cancellation
             weighted = (g - first) if w is None else (g - first) * w.cpu()[:, None]
@@ -120,17 +126,20 @@ class Standardize(nn.Module):
         flat = std <= 1e-12 * (first.abs() + mean.abs() + std)
         if flat.any():
             names = torch.nonzero(flat).flatten().tolist()
-            raise DataError(f"`{rows.name}` has constant columns, which have no density: {names}")
-        shrink = math.exp(-len(rows) / dim)
-        correlation = (1 - shrink) * covariance / (std[:, None] * std)
-        correlation += shrink * torch.eye(dim).double()
+            raise DataError(
+                f"constant columns have no density, and so are the columns {names} in the "
+                f"{len(rows)} training rows of `{rows.name}`"
+            )
+        correlation = covariance / (std[:, None] * std)
         values, vectors = torch.linalg.eigh(correlation)
-        if values[0] < 1e-12:
+        if len(rows) > dim and values[0] < 1e-12:
             names = torch.nonzero(vectors[:, 0].abs() > 0.1).flatten().tolist()
             raise DataError(
                 f"`{rows.name}` has linearly dependent columns, which have no joint density: "
                 f"{names}; drop one of them"
             )
+        shrink = math.exp(-len(rows) / dim)
+        values = (1 - shrink) * values + shrink
         root = (vectors * values.sqrt()) @ vectors.mT
         self.mean.copy_(first + mean)
         self.scale.copy_(std[:, None] * root)

@@ -66,8 +66,8 @@ class Potential(nn.Module):
         self.A = nn.Parameter(torch.empty(min(rank, inputs), inputs))
         self.b = nn.Parameter(torch.empty(inputs))
         self.c = nn.Parameter(torch.empty(()))
-        self.layers = nn.ModuleList(
-            nn.Linear(inputs if i == 0 else width, width) for i in range(depth)
+        self.layers = nn.ModuleList(  # without nn.Linear's draws from torch's global generator
+            nn.utils.skip_init(nn.Linear, inputs if i == 0 else width, width) for i in range(depth)
         )
         self.reset_parameters(generator)
 

@@ -79,6 +79,8 @@ def fit(
         raise ArgumentError("`resume` needs `out`, the run folder to go on from")
     objective = model if isinstance(model, Objective) else _objective(model)
     rows, held = _split(data, validation, sample_weight, seed)
+    objective.check(rows)
+    objective.check(held)
     trainer = Trainer(
         objective, rows, held, settings, devices=devices, nodes=nodes, strategy=strategy
     )

@@ -33,6 +33,13 @@ class Objective(nn.Module):
         """The figure that picks the best model, for each row: (rows,), smaller is better."""
         raise NotImplementedError
 
+    def check(self, rows: Rows) -> None:
+        """Raise a `ShapeError` or a `DataError` where these rows can't be used."""
+
+    def threads(self, rows: int) -> int | None:
+        """CPU threads that a step with so many rows can use; None for all."""
+        return None
+
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         """Called once with the training rows before the first step."""
 

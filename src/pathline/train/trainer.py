@@ -67,7 +67,8 @@ class Standing:
     max_steps: int = 0
     step: int = 0
     seconds: float = 0.0
-    first: float = math.inf  # validation before training
+    first_loss: float = math.inf
+    least_loss: float = math.inf  # where training paused
     best: float = math.inf
     best_step: int = 0
     stale: int = 0  # validations since the best
@@ -146,6 +147,7 @@ class Trainer:
             self._trim_log()
         self.reporter = Reporter(self.at.max_steps, shown=shown and self.leader, done=self.at.step)
         with (
+            _threads(self.objective.threads(self.settings.batch_size)),
             self._interruptible(),
             self.reporter,
             _event_writer(folder if tensorboard and self.leader else None) as self.board,
@@ -172,6 +174,8 @@ class Trainer:
             loss, terms = self._step(rate)
             figure, stop = self._agree(loss)
             at.step += 1
+            if at.step == 1:
+                at.first_loss = figure
             at.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
             if math.isfinite(figure) and (at.step % log_every == 0 or at.step == total):
@@ -179,7 +183,7 @@ class Trainer:
             if not math.isfinite(figure):
                 self._retreat("the loss is not finite")
             elif at.step % pause_every == 0 or at.step == total:
-                self._pause()
+                self._pause(figure)
             if self.history:
                 self.reporter.update(at.step, self.history[-1])
             if stop:
@@ -190,14 +194,9 @@ class Trainer:
     def _step(self, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the optimisers; loss and terms of this process's share of the batch."""
         recipe.set_rate(self.optimizers, rate)
-        size = min(self.settings.batch_size, len(self.rows))
-        if size == len(self.rows):
-            index = torch.arange(size)
-        else:
-            index = torch.randint(len(self.rows), (size,), generator=self.generator)
-        world = self.fabric.world_size
-        index = index[self.fabric.global_rank :: world]
-        share = len(index) * world / size  # so that the mean over processes is the batch's mean
+        whole, world = self._draw(self.settings.batch_size), self.fabric.world_size
+        index = whole[self.fabric.global_rank :: world]
+        share = len(index) * world / len(whole)  # so that the mean over processes is the batch's
         batch, weights = self.rows.take(index)
         batch = batch.to(self.fabric.device)
         weights = None if weights is None else weights.to(self.fabric.device)
@@ -208,6 +207,12 @@ class Trainer:
         for optimizer in self.wrapped:
             optimizer.step()
         return loss.total.detach() * share, {k: v * share for k, v in loss.terms.items()}
+
+    def _draw(self, size: int) -> Tensor:
+        """Indices of `size` random training rows, or of all if there are no more."""
+        if size >= len(self.rows):
+            return torch.arange(len(self.rows))
+        return torch.randint(len(self.rows), (size,), generator=self.generator)
 
     def _agree(self, loss: Tensor) -> tuple[float, bool]:
         """The loss over all processes, and whether one of them was interrupted."""
@@ -225,14 +230,16 @@ class Trainer:
         assert isinstance(result, Tensor)
         return result
 
-    def _pause(self) -> None:
+    def _pause(self, loss: float) -> None:
         """Validate, adapt, save."""
         at = self.at
-        value = self._validate()
-        if not value - at.best <= 10 * max(1.0, at.first - at.best):  # NaN too
-            return self._retreat(f"the validation loss is {value:.4g}")
+        if loss - at.least_loss > 10 * max(1.0, at.first_loss - at.least_loss):
+            return self._retreat(f"the loss rose to {loss:.4g}")
+        if not math.isfinite(self._validate()):
+            return self._retreat("the validation loss is not finite")
+        at.least_loss = min(at.least_loss, loss)
         at.retreats = 0
-        index = torch.randint(len(self.rows), (CHECK_ROWS,), generator=self.generator)
+        index = self._draw(CHECK_ROWS)
         message = self.objective.adapt(self.rows.take(index)[0].to(self.fabric.device))
         if message:
             self._event(f"step {at.step}: {message}")
@@ -253,7 +260,6 @@ class Trainer:
             values = self.objective.validate(x.to(device)).double()
             total = (values if w is None else values * w.to(values)).sum()
         value = self._mean(total).item() * self.fabric.world_size / len(self.watched)
-        at.first = min(at.first, value) if at.step else value
         if value < at.best:
             at.best, at.best_step, at.stale = value, at.step, 0
             self.best = _clone(self.objective.model.state_dict())
@@ -264,19 +270,19 @@ class Trainer:
     def _retreat(self, reason: str) -> None:
         """Back to the last good state with half the learning rate."""
         at, step = self.at, self.at.step
-        retreats, shrink, events = at.retreats + 1, 0.5 * at.shrink, at.events
-        if retreats > RETREATS:
+        kept: dict[str, Any] = {"retreats": at.retreats + 1, "shrink": 0.5 * at.shrink}
+        kept |= {"events": at.events, "seconds": at.seconds}
+        if at.retreats >= RETREATS:
             self.objective.model.load_state_dict(self.best)
             raise TrainingError(
                 f"training diverged {RETREATS} times in a row at step {step} ({reason}); the "
                 "best model is kept. Try a smaller learning rate"
             )
         standing, tensors = self.good
-        vars(at).update(vars(copy.deepcopy(standing)))
-        at.retreats, at.shrink, at.events = retreats, shrink, events
+        vars(at).update(vars(copy.deepcopy(standing)) | kept)
         self._set_tensors(tensors)
         self.objective.caution()
-        self._event(f"step {step}: {reason}; back to step {at.step}, learning rate x {shrink:g}")
+        self._event(f"step {step}: {reason}; back to step {at.step}, learning rate x {at.shrink:g}")
 
     def _choose_steps(self) -> int:
         budget, steps = self.settings.budget, self.settings.max_steps
@@ -457,6 +463,17 @@ class Trainer:
 def is_leader() -> bool:
     """Whether this process is the one that writes files and prints."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """With `count` CPU threads, if it is not None."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(count or before, before))
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
