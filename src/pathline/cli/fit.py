@@ -116,7 +116,12 @@ def density(
         support=bounds if support else None,
         generator=torch.Generator().manual_seed(run.seed),
     )
-    metadata = {"recipe": recipe.to_dict(), "file": str(file.resolve()), "command": "fit density"}
+    metadata = {
+        "recipe": recipe.to_dict(),
+        "file": str(file),
+        "validation": None if validation is None else str(validation),
+        "weights": weights,
+    }
     fit(
         flow,
         table.values,

@@ -1,5 +1,6 @@
 """OT-Flow: a normalizing flow whose velocity is the gradient of a potential."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -211,28 +212,18 @@ class OTFlow(nn.Module):
     @torch.no_grad()
     def choose_steps(self, x: Tensor, most: int = 128) -> None:
         """Set `steps`: double it until the negative log-likelihood changes by less than 1e-3 and
-        the inverse is right to 1e-4 standard deviations in every row of `x`."""
+        the inverse is right to 1e-4 standard deviations in every row of `x`, in double precision.
+        """
+        exact = copy.deepcopy(self).double()
+        exact.steps, last = self.train_steps, math.inf
         y, _ = self.standardize(x)
-        y = self.cast(y)
-        steps, last = self.train_steps, None
-        while steps < most:
-            there = rollout(self.problem, self.potential, y, steps=steps)
-            back = rollout(
-                self.problem,
-                self.potential,
-                there.z,
-                steps=steps,
-                start=1.0,
-                stop=0.0,
-                integrals=False,
-            )
-            assert there.log_det is not None
-            nll = self.problem.terminal_cost(there.z) - there.log_det
-            change = math.inf if last is None else (nll - last).mean().abs().item()
-            if change < 1e-3 and (back.z - y).abs().max() < 1e-4:
+        while exact.steps < most:
+            nll = -exact.log_prob(x).mean().item()
+            back, _ = self.standardize(exact.from_reference(exact.to_reference(x)))
+            if abs(nll - last) < 1e-3 and (back - y).abs().max() < 1e-4:
                 break
-            steps, last = 2 * steps, nll
-        self.steps = steps
+            exact.steps, last = 2 * exact.steps, nll
+        self.steps = exact.steps
 
     def cast(self, y: Tensor) -> Tensor:
         """`y` in the precision and on the device of the potential."""

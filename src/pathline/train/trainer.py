@@ -99,7 +99,12 @@ class Trainer:
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             nodes = int(os.environ["WORLD_SIZE"]) // devices
-        self.fabric = Fabric(devices=devices, num_nodes=nodes, strategy=strategy)
+        self.fabric = Fabric(
+            accelerator="cuda" if torch.cuda.is_available() else "cpu",
+            devices=devices,
+            num_nodes=nodes,
+            strategy=strategy,
+        )
         if devices * nodes > 1:
             self.fabric.launch()
         self.leader = self.fabric.is_global_zero
