@@ -39,7 +39,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"plot_",
-    "download_all_files": False,
+    "download_all_examples": False,
     "show_signature": False,
     "remove_config_comments": True,
 }
@@ -48,9 +48,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore", message=".*FigureCanvasAgg is non-interactive.*")
 
 
-def plain(
-    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings have the mathematics in plain text: |u|^2, u_{i-1}, K_0*s mean no markup."""
     for i, line in enumerate(lines):
         if line.lstrip().startswith((">>>", "...")):

@@ -47,7 +47,7 @@ def density(
     Parameters
     ----------
     file
-        The table: .csv, .npy, .npz or .parquet; one row for each observation.
+        The table: .csv, .csv.gz, .npy, .npz or .parquet; one row for each observation.
     run
         What every command that trains takes.
     validation
@@ -62,10 +62,14 @@ def density(
         Bounds of a column: "col=positive", "col=[0,1]", "col=[2,inf)".
     weights
         Column of row weights.
-    width, depth
-        Neurons and layers of the potential.
-    transport, hjb
-        Weights of the transport cost and of the HJB residual, against the likelihood.
+    width
+        Neurons of each layer of the potential; chosen from the number of columns by default.
+    depth
+        Layers of the potential.
+    transport
+        Weight of the transport cost, against the likelihood.
+    hjb
+        Weight of the HJB residual, against the likelihood; training may raise it.
     standardize
         Work in coordinates of mean zero and covariance one.
     batch_size
@@ -74,8 +78,12 @@ def density(
         The first of a cosine schedule.
     patience
         Stop after this many validations without improvement, of about fifty.
-    devices, nodes, strategy
-        Processes on each machine, machines, and Lightning Fabric's strategy (ddp).
+    devices
+        Processes on each machine.
+    nodes
+        Machines.
+    strategy
+        Lightning Fabric's strategy for several processes, such as ddp.
     tensorboard
         Also write TensorBoard events.
     """

@@ -25,7 +25,7 @@ def reproduce(
     overwrite: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Run a published experiment and print its figure beside the published one.
+    """Run an experiment and print its figure beside the published one, if there is one.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def reproduce(
     out
         Folder of the run; runs/NAME by default.
     size
-        small takes minutes on two CPU cores, full is the authors' own setting.
+        small takes minutes on two CPU cores, full is the authors' own setting where there is one.
     seed
         Seed of everything random.
     max_steps

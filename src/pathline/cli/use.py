@@ -31,7 +31,7 @@ def sample(
     n
         Number of samples.
     out
-        File to write: .csv, .npy, .npz or .parquet.
+        File to write: .csv, .csv.gz, .npy, .npz or .parquet.
     seed
         The same seed gives the same samples.
     json

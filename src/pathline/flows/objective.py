@@ -50,14 +50,14 @@ class FlowObjective(Objective):
         return C, path.running_cost, path.hjb
 
     @torch.no_grad()
-    def nll(self, batch: Tensor, steps: int) -> Tensor:
-        """Negative log-likelihood of each row in standardised units, on `steps` time steps."""
+    def judge(self, batch: Tensor, steps: int) -> Tensor:
+        """C + w L of each row, on `steps` time steps; R only keeps the solution well-behaved."""
         y, _ = self.model.standardize(batch)
-        chunks = y.split(self.model.chunk_rows())
-        return torch.cat([self._terms(chunk, steps)[0] for chunk in chunks])
+        terms = [self._terms(chunk, steps) for chunk in y.split(self.model.chunk_rows())]
+        return torch.cat([C + self.model.transport * L for C, L, _ in terms])
 
     def validate(self, batch: Tensor) -> Tensor:
-        return self.nll(batch, 2 * self.steps + 1)
+        return self.judge(batch, 2 * self.steps + 1)
 
     def check(self, rows: Rows) -> None:
         self.model.check_rows(rows)
@@ -70,7 +70,7 @@ class FlowObjective(Objective):
         self.model.prepare(rows, generator)
 
     def adapt(self, batch: Tensor) -> str | None:
-        gap = (self.nll(batch, 2 * self.steps + 1) - self.nll(batch, self.steps)).mean().abs()
+        gap = (self.validate(batch) - self.judge(batch, self.steps)).mean().abs()
         if not gap <= TOLERANCE:
             self._refine()
         elif gap < TOLERANCE / 5 and self.steps > self.least_steps:

@@ -402,6 +402,8 @@ class Trainer:
         for part in ("model", "settings", "data"):
             for name, value in config[part].items():
                 old = before.get(part, {}).get(name)
+                if value is None and name in ("max_steps", "budget"):
+                    continue  # the checkpoint knows the number of steps
                 if old != value:
                     raise ArgumentError(
                         f"the run in {self.folder} was started with another {part} {name}: "

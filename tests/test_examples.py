@@ -1,0 +1,45 @@
+"""Every example runs, shortened, and gives a figure that is right by other means."""
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+from torch.distributions import MultivariateNormal
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, monkeypatch):
+    """The names that an example defines; plots are under `__main__` and not drawn."""
+    monkeypatch.setenv("SMOKE", "1")
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_density(monkeypatch):
+    found = run("plot_density.py", monkeypatch)
+    # A Gaussian of mean and covariance of the moons is 0.90 nats from them.
+    gaussian = gaussian_of(found["points"])
+    gap = (found["moons"].log_prob(found["fresh"]) - gaussian.log_prob(found["fresh"])).mean()
+    assert gap == pytest.approx(0.90, abs=0.03)
+    assert 0 < found["divergence"] < 0.6 * gap
+    assert found["check"].passed
+
+
+def test_custom_table(monkeypatch):
+    found = run("plot_custom_table.py", monkeypatch)
+    gaussian = gaussian_of(found["train"])
+    assert found["gaussian_nll"] == pytest.approx(-gaussian.log_prob(found["test"]).mean().item())
+    assert found["nll"] < found["gaussian_nll"] - 3
+    minute = found["samples"][:, found["table"].columns.index("minute_of_day")]
+    assert -0.5 < minute.min() < 100
+    assert 1340 < minute.max() < 1439.5
+
+
+def test_every_example_is_tested():
+    tested = {"plot_density.py", "plot_custom_table.py"}
+    assert {name for name in os.listdir(EXAMPLES) if name.endswith(".py")} == tested
+
+
+def gaussian_of(rows):
+    return MultivariateNormal(rows.mean(0), rows.mT.cov())
