@@ -32,12 +32,12 @@ def some_flow(dim=2, width=16, *, wild=1.0, seed=0, **kwargs):
     with torch.no_grad():
         rows = torch.randn(200, dim, generator=generator(seed)).double()
         flow.potential.random_features(rows, 1.0, generator(seed))
-        flow.potential.w.mul_(3 * wild)
-        flow.potential.A.mul_(3 * wild)
+        flow.potential.w.mul_(2 * wild)
+        flow.potential.A.mul_(2 * wild)
         flow.potential.b.copy_(0.3 * torch.randn(dim + 1, generator=generator(seed)))
         flow.standardize.mean.copy_(torch.randn(dim, generator=generator(seed)))
         noise = torch.randn(dim, dim, generator=generator(seed)).double()
-        flow.standardize.scale.copy_(torch.eye(dim) + 0.3 * noise)
+        flow.standardize.scale.copy_(torch.eye(dim) + 0.15 * noise)
     return flow
 
 
@@ -88,11 +88,11 @@ def test_samples_of_a_linear_flow_are_gaussian():
 @pytest.mark.parametrize("dim", [1, 2])
 def test_density_integrates_to_one(dim):
     """On a grid in the user's units; a dropped log-determinant or scale shows at once."""
-    flow = some_flow(dim)
+    flow = some_flow(dim, wild=0.5, seed=1, steps=32)
     with torch.no_grad():
         x = flow.sample(4000, seed=0)
         low, high = x.amin(0) - 4, x.amax(0) + 4
-        axes = [torch.linspace(a, b, 400).double() for a, b in zip(low, high, strict=True)]
+        axes = [torch.linspace(a, b, 200).double() for a, b in zip(low, high, strict=True)]
         grid = torch.cartesian_prod(*axes).reshape(-1, dim)
         cell = math.prod((axis[1] - axis[0]).item() for axis in axes)
         density = flow.log_prob(grid).exp()
@@ -329,9 +329,9 @@ def test_off_the_support_gradients_stay_finite():
     ids=str,
 )
 def test_bounded_density_integrates_to_one(bounds, low, high):
-    flow = some_flow(1, support=[bounds])
+    flow = some_flow(1, support=[bounds], steps=32)
     flow.standardize.scale.fill_(0.6), flow.standardize.mean.fill_(0.2)
-    edges = torch.linspace(low, high, 200_001).double()
+    edges = torch.linspace(low, high, 4_001).double()
     middle = 0.5 * (edges[1:] + edges[:-1])
     with torch.no_grad():
         mass = flow.log_prob(middle[:, None]).exp().sum() * (edges[1] - edges[0])
@@ -473,7 +473,7 @@ def test_distribution_shapes_and_values():
 
 
 def test_distribution_sampling():
-    flow = some_flow(2)
+    flow = some_flow(2, steps=32)
     torch.manual_seed(1)
     x = flow().sample((6,))
     torch.manual_seed(1)
@@ -482,7 +482,7 @@ def test_distribution_sampling():
     copies = flow().expand((1000,)).sample()
     assert len(copies.unique(dim=0)) == 1000
     x, log_prob = flow().rsample_and_log_prob((3,))
-    torch.testing.assert_close(log_prob, flow().log_prob(x), rtol=0, atol=1e-2)
+    torch.testing.assert_close(log_prob, flow().log_prob(x), rtol=0, atol=1e-3)
 
 
 def test_rsample_gradients():
@@ -505,8 +505,8 @@ def test_rsample_gradients():
 
 def test_distribution_validates():
     distribution = some_flow(4, support=SUPPORT)()
-    for x in (torch.zeros(5, 3), torch.zeros(3)):
-        with pytest.raises(ValueError, match="."):
+    for x in (torch.ones(5, 3), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"event_shape|size of tensor"):
             distribution.log_prob(x)
     off = INSIDE.clone()
     off[1, 0] = -1
@@ -525,10 +525,10 @@ def test_distribution_validates():
 
 
 def test_check_passes_a_resolved_flow():
-    flow = some_flow(2, steps=64)
+    flow = some_flow(2, wild=0.5, seed=1, steps=16)
     check = flow.check(flow.sample(2000, seed=0))
     assert check.passed and "NOT" not in check.verdict
-    assert check.inverse_error < 1e-4
+    assert check.inverse_error < 1e-5
     assert check.mass_grid == pytest.approx(1, abs=1e-3)
     assert abs(check.mass - 1) < 4 * check.mass_error + 1e-3
     assert check.mass_error < 0.05 and check.rows == 2000
@@ -549,7 +549,7 @@ def test_check_fails_an_unresolved_flow():
 
 def test_check_finds_missing_mass(monkeypatch):
     """A density that is 10 % too high everywhere is invertible and resolved, and still wrong."""
-    flow = some_flow(2, steps=64)
+    flow = some_flow(2, wild=0.5, seed=1, steps=16)
     x, right = flow.sample(2000, seed=0), OTFlow.log_prob
     monkeypatch.setattr(OTFlow, "log_prob", lambda self, x: right(self, x) + 0.1)
     check = flow.check(x)
@@ -559,8 +559,8 @@ def test_check_finds_missing_mass(monkeypatch):
 
 
 def test_check_in_user_units_does_not_depend_on_them():
-    flow = some_flow(2, steps=32)
-    x = flow.sample(1000, seed=0)
+    flow = some_flow(2, wild=0.5, seed=1, steps=4)
+    x = flow.sample(500, seed=0)
     before = flow.check(x)
     with torch.no_grad():
         flow.standardize.scale.mul_(1000), flow.standardize.mean.mul_(1000)

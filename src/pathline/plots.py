@@ -227,7 +227,7 @@ def losses(history: Sequence[Mapping[str, float]]) -> Figure:
     """The course of training.
 
     Args:
-        history: entries with `step` and `loss`, and where the objective has them `nll`,
+        history: entries with `step` and `loss`, and where they have them `nll`, `validation`,
             `transport` and `hjb`.
 
     Returns:
@@ -237,9 +237,13 @@ def losses(history: Sequence[Mapping[str, float]]) -> Figure:
     steps = np.array([entry["step"] for entry in history], dtype=float)
     curves = {
         name: np.array([entry.get(name, np.nan) for entry in history], dtype=float)
-        for name in ("loss", "nll", "transport", "hjb")
+        for name in ("loss", "nll", "validation", "transport", "hjb")
     }
-    upper = {"loss": ("loss", INK, "-"), "nll": ("negative log-likelihood", DATA, "-")}
+    upper = {
+        "loss": ("loss", INK, "-"),
+        "nll": ("negative log-likelihood", DATA, "-"),
+        "validation": ("validation, finer time grid", SAMPLES, "-"),
+    }
     lower = {"transport": ("transport cost", REFERENCE, "-"), "hjb": ("HJB residual", SAMPLES, "-")}
     parts = [upper]
     if any(np.isfinite(curves[name]).any() for name in lower):

@@ -69,6 +69,7 @@ class Standing:
     seconds: float = 0.0
     first_loss: float = math.inf
     least_loss: float = math.inf  # where training paused
+    validation: float = math.inf  # when training last paused
     best: float = math.inf
     best_step: int = 0
     stale: int = 0  # validations since the best
@@ -265,6 +266,7 @@ class Trainer:
             values = self.objective.validate(x.to(device)).double()
             total = (values if w is None else values * w.to(values)).sum()
         value = self._mean(total).item() * self.fabric.world_size / len(self.watched)
+        at.validation = value
         if value < at.best:
             at.best, at.best_step, at.stale = value, at.step, 0
             self.best = _clone(self.objective.model.state_dict())
@@ -415,6 +417,7 @@ class Trainer:
     def _log(self, loss: float, terms: dict[str, Tensor], rate: float) -> None:
         entry = {"step": self.at.step, "seconds": round(self.at.seconds, 3), "loss": loss}
         entry |= {name: self._mean(value).item() for name, value in terms.items()}
+        entry["validation"] = self.at.validation
         entry["learning_rate"] = rate
         self.history.append(entry)
         if not self.leader:
