@@ -94,6 +94,8 @@ def density(
         table = table.drop([weights])
         if np.isnan(row_weights).any():
             raise DataError(f"{file.name}: the weights in column {weights!r} have missing values")
+        weighty = row_weights != 0
+        table, row_weights = replace(table, values=table.values[weighty]), row_weights[weighty]
         if missing == "drop":
             whole = ~np.isnan(table.drop(_names(drop, table.columns)).values).any(1)
             say(f"{len(whole) - whole.sum()} of {len(whole)} rows have missing values, dropped")

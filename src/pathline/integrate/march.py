@@ -55,10 +55,10 @@ def march(
     if steps < 1:
         raise ArgumentError(f"`steps` must be at least 1, got {steps}")
     dt = (stop - start) / steps
-    # Times are integer multiples of dt: sums of dt would drift in single precision.
+    # Times come from the index of the step: sums of dt would drift in single precision.
     offsets = torch.tensor([*method.c, 0.5], dtype=torch.float64)
-    index = torch.arange(steps + 1, dtype=torch.float64)[:, None]
-    times = [row.unbind() for row in (start + dt * (index + offsets)).to(z0)]
+    shares = (torch.arange(steps + 1, dtype=torch.float64)[:, None] + offsets) / steps
+    times = [row.unbind() for row in (start + (stop - start) * shares).to(z0)]
 
     z, zs = z0, [z0]
     dz, rates = field(times[0][0], z, quadrature)

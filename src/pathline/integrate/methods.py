@@ -21,12 +21,10 @@ class Tableau:
     c: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        square = len(self.a) == len(self.b) == len(self.c)
         triangular = all(len(row) == i for i, row in enumerate(self.a))
-        consistent = (
-            all(abs(sum(row) - c) < 1e-12 for row, c in zip(self.a, self.c, strict=True))
-            and abs(sum(self.b) - 1) < 1e-12
-        )
-        if not (triangular and consistent and len(self.a) == len(self.b) == len(self.c)):
+        sums = [sum(row) - c for row, c in zip(self.a, self.c, strict=False)] + [sum(self.b) - 1]
+        if not (square and triangular and max(map(abs, sums)) < 1e-12):
             raise ArgumentError(f"the tableau {self.name!r} is not a consistent explicit method")
 
 

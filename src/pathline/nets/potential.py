@@ -115,8 +115,8 @@ class Potential(nn.Module):
             residual: what `bind` keeps between evaluations.
 
         Returns:
-            `Derivatives`; each can be differentiated once with respect to x, t, context and
-            every parameter. The Laplacian costs O(depth batch dim width^2) operations.
+            `Derivatives`; each can be differentiated with respect to x, t, context and every
+            parameter. The Laplacian costs O(depth batch dim width^2) operations.
 
         Raises:
             ShapeError: an argument is not shaped as above.

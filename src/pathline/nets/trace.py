@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LOG2 = math.log(2)
 TILE = 2**20  # entries of the product of one tile: 4 MB in single precision stay in the cache
@@ -22,9 +21,8 @@ class _LogCosh(torch.autograd.Function):
         return value, T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_value: Tensor, d_T: Tensor) -> Tensor:
-        (T,) = ctx.saved_tensors
+        (T,) = ctx.saved_tensors  # an output of this function, so this can be differentiated too
         return torch.addcmul(d_T, T, d_value - T * d_T)  # value' = T, T' = 1 - T^2
 
 
@@ -48,10 +46,13 @@ class _ResidualTrace(torch.autograd.Function):
         return (slope * squares).sum(1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_trace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, d_trace: Tensor) -> tuple[Tensor, ...]:
         T, slope, B, squares = ctx.saved_tensors
         width = T.shape[1]
+        if torch.is_grad_enabled():  # this will be differentiated, so autograd does it, untiled
+            P = (T @ B.mT).view(len(T), -1, width)
+            trace = (slope * P.square().sum(1)).sum(1)
+            return torch.autograd.grad(trace, (T, slope, B), d_trace, create_graph=True)
         d_squares = d_trace[:, None] * slope
         d_T, d_B = torch.empty_like(T), torch.zeros_like(B)
         for rows in _tiles(T, B):
@@ -81,6 +82,6 @@ def residual_trace(T: Tensor, slope: Tensor, B: Tensor) -> Tensor:
         B: `residual_weight(K, K0)`.
 
     Returns:
-        (batch,), differentiable once.
+        (batch,).
     """
     return _ResidualTrace.apply(T, slope, B)

@@ -120,6 +120,8 @@ def _split(
     data: Array, validation: Array | None, sample_weight: Array | None, seed: int
 ) -> tuple[Rows, Rows]:
     rows = Rows(data, sample_weight)
+    if rows.weights is not None and bool((rows.weights == 0).any()):
+        rows = rows.subset(torch.nonzero(rows.weights).flatten())
     if len(rows) < 2:
         raise ArgumentError(f"`data` must have at least two rows, got {len(rows)}")
     if validation is not None:

@@ -288,6 +288,9 @@ class Trainer:
         standing, tensors = self.good
         vars(at).update(vars(copy.deepcopy(standing)) | kept)
         self._set_tensors(tensors)
+        self.history = [entry for entry in self.history if entry["step"] <= at.step]
+        if self.folder and self.leader:
+            self._rewrite_log()
         self.objective.caution()
         self._event(f"step {step}: {reason}; back to step {at.step}, learning rate x {at.shrink:g}")
 
@@ -423,8 +426,11 @@ class Trainer:
         if not self.leader:
             return
         if self.folder:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            try:
+                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                self._event(f"step {self.at.step}: the log can't be written ({error})")
         if self.board:
             for name in entry.keys() - {"step", "seconds"}:
                 self.board.add_scalar(name, entry[name], entry["step"])
@@ -445,7 +451,12 @@ class Trainer:
                     break
                 if entry["step"] <= self.at.step:
                     self.history.append(entry)
+        self._rewrite_log()
+
+    def _rewrite_log(self) -> None:
+        assert self.folder
         text = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        log = self.folder / "log.jsonl"
         files.write_atomically(log, lambda temporary: temporary.write_text(text))
 
     @contextmanager
