@@ -116,7 +116,19 @@ class OTFlow(nn.Module):
 
         Differentiable; evaluated in chunks, so memory does not grow with the batch.
         """
-        return self._to_reference(x)[1]
+        x = self._input(x)
+
+        def evaluate(part: Tensor) -> tuple[Tensor]:
+            y, log_slope = self.standardize(part)
+            path = rollout(self.problem, self.potential, self.cast(y), steps=self.steps)
+            assert path.log_det is not None
+            return (path.log_det - self.problem.terminal_cost(path.z) + log_slope,)
+
+        inside = (self.standardize.inside(x) | x.isnan()).all(1)
+        # Points off the support are replaced, lest their infinities spoil the gradients of others.
+        centre = self.standardize.inverse(torch.zeros(1, self.dim)).to(x)
+        log_prob = self._chunked(evaluate, torch.where(inside[:, None], x, centre))[0]
+        return torch.where(inside, log_prob, -math.inf)
 
     def to_reference(self, x: Tensor) -> Tensor:
         """The points z(1) to which the rows of `x` flow, (batch, dim)."""
@@ -238,20 +250,6 @@ class OTFlow(nn.Module):
         return rollout(
             self.problem, self.potential, self.cast(y), steps=self.steps, integrals=integrals
         )
-
-    def _to_reference(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._input(x)
-
-        def evaluate(part: Tensor) -> tuple[Tensor, Tensor]:
-            y, log_slope = self.standardize(part)
-            path = rollout(self.problem, self.potential, self.cast(y), steps=self.steps)
-            assert path.log_det is not None
-            log_prob = path.log_det - self.problem.terminal_cost(path.z) + log_slope
-            return path.z, log_prob
-
-        inside = self.standardize.inside(x).all(1)
-        z, log_prob = self._chunked(evaluate, x)
-        return z, torch.where(inside, log_prob, -math.inf)
 
     def _backward(self, z: Tensor, integrals: bool = True) -> tuple[Tensor, ...]:
         path = rollout(
