@@ -78,7 +78,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         max_steps: int | None = None,
         batch_size: int = 512,
         learning_rate: float = 0.03,
-        patience: int = 15,
+        patience: int = 10,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
     ) -> None:
