@@ -36,7 +36,7 @@ def baselines(
     mixture = min(mixtures, key=lambda model: model.bic(train))
     values, vectors = np.linalg.eigh(np.cov(train.T, bias=True).reshape(len(std), -1))
     whiten = vectors / np.sqrt(values)
-    kernels = [KernelDensity(bandwidth=h, rtol=1e-4).fit(train @ whiten) for h in BANDWIDTHS]
+    kernels = [KernelDensity(bandwidth=h).fit(train @ whiten) for h in BANDWIDTHS]
     kernel = max(kernels, key=lambda model: model.score(validation @ whiten))
     return {
         "Gaussian": units - gaussian.score(test),
