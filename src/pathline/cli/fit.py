@@ -98,7 +98,9 @@ def density(
         table, row_weights = replace(table, values=table.values[weighty]), row_weights[weighty]
         if missing == "drop":
             whole = ~np.isnan(table.drop(_names(drop, table.columns)).values).any(1)
-            say(f"{len(whole) - whole.sum()} of {len(whole)} rows have missing values, dropped")
+            if not whole.all():
+                lost = len(whole) - whole.sum()
+                say(f"{lost} of {len(whole)} rows have missing values and were dropped")
             table, row_weights = replace(table, values=table.values[whole]), row_weights[whole]
     table, recipe = check_table(
         table,
