@@ -35,6 +35,10 @@ class DataWarning(UserWarning):
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The text of an error for a name that is not known, with the nearest one that is."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})"
+    return f"unknown {kind} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The words "; did you mean ...?" with the name of `known` that is nearest, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,6 @@
 """Tables of real numbers in files: read with errors that name the place, written whole."""
 
 import csv
-import difflib
 import gzip
 import io
 import os
@@ -16,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 
 BLOCK = 65_536  # rows
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
@@ -96,8 +95,7 @@ def column_index(columns: Sequence[str], name: str, flag: str) -> int:
     """
     if name in columns:
         return list(columns).index(name)
-    near = difflib.get_close_matches(name, columns, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = did_you_mean(name, columns) or "."
     raise DataError(f"unknown column {name!r} in {flag}{hint} Columns: {listed(columns)}")
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SIZES = ("small", "full")
-
 
 @dataclass(frozen=True)
 class RunArguments:

@@ -128,6 +128,10 @@ class Trainer:
     ) -> Run:
         """Train, and leave the best weights in the objective's model."""
         self.folder, self.metadata = folder, metadata
+        with _threads(self.objective.threads(self.settings.batch_size)):
+            return self._run(folder, resume, shown, tensorboard)
+
+    def _run(self, folder: Path | None, resume: bool, shown: bool, tensorboard: bool) -> Run:
         home = next(self.objective.parameters()).device
         config = self._config() if folder else {}
         found = files.read_checkpoint(self._checkpoint_path) if folder and resume else None
@@ -153,7 +157,6 @@ class Trainer:
             self._trim_log()
         self.reporter = Reporter(self.at.max_steps, shown=shown and self.leader, done=self.at.step)
         with (
-            _threads(self.objective.threads(self.settings.batch_size)),
             self._interruptible(),
             self.reporter,
             _event_writer(folder if tensorboard and self.leader else None) as self.board,
