@@ -14,7 +14,7 @@ SOURCE = Path(pathline.__file__).parent
 FLOORS = {
     0: ("calculus", "data", "plots", "errors"),
     1: ("integrate", "nets"),
-    2: ("control", "train", "optim"),
+    2: ("control", "train", "optim", "compat"),
     3: (
         *("flows", "posterior", "games", "networks", "diffusion", "pde", "inverse", "graphs"),
         "control.problems",
@@ -29,6 +29,7 @@ FORBIDDEN = {
     "nets": {"integrate"},
     "train": {"nets", "integrate", "control", "flows"},
     "control": {"train", "optim"},
+    "compat": {"nets", "control", "train", "optim"},
 }
 
 

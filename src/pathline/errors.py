@@ -28,8 +28,16 @@ class TrainingError(PathlineError, RuntimeError):
     """Training failed, and what was saved is kept."""
 
 
+class SolveError(PathlineError, RuntimeError):
+    """A solve failed; `solution=True` returns the last good state and the reason instead."""
+
+
 class DataWarning(UserWarning):
     """The data can be used, but the user should know something about them."""
+
+
+class SolveWarning(UserWarning):
+    """A solve or its gradient works, but the user should know something about it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -2,10 +2,28 @@
 
 from .march import March as March
 from .march import march as march
-from .methods import EULER as EULER
 from .methods import METHODS as METHODS
-from .methods import MIDPOINT as MIDPOINT
-from .methods import RK4 as RK4
-from .methods import Tableau as Tableau
+from .odeint import odeint as odeint
+from .odeint import odeint_adjoint as odeint_adjoint
+from .solution import Solution as Solution
+from .solution import Statistics as Statistics
+from .solution import Status as Status
+from .tableaus import EULER as EULER
+from .tableaus import MIDPOINT as MIDPOINT
+from .tableaus import RK4 as RK4
+from .tableaus import Tableau as Tableau
 
-__all__ = ["EULER", "METHODS", "MIDPOINT", "RK4", "March", "Tableau", "march"]
+__all__ = [
+    "EULER",
+    "METHODS",
+    "MIDPOINT",
+    "RK4",
+    "March",
+    "Solution",
+    "Statistics",
+    "Status",
+    "Tableau",
+    "march",
+    "odeint",
+    "odeint_adjoint",
+]

@@ -1,4 +1,4 @@
-"""Fixed steps along dz/dt = v(t, z), with running integrals that do not feed back into z."""
+"""Equal steps along dz/dt = v(t, z) for velocities that bring their running integrands along."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .methods import RK4, Tableau
+from .explicit import RungeKutta
+from .fixed import FixedMarch
+from .grid import Grid
+from .quadrature import Quadrature
+from .tableaus import RK4, Tableau
 
 Rates = dict[str, Tensor]
-Field = Callable[[Tensor, Tensor, bool], tuple[Tensor, Rates]]
+RatedField = Callable[[Tensor, Tensor, bool], tuple[Tensor, Rates]]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class March:
 
 
 def march(
-    field: Field,
+    field: RatedField,
     z0: Tensor,
     *,
     steps: int,
@@ -35,9 +39,8 @@ def march(
 ) -> March:
     """Move `z0` from time `start` to `stop` in equal steps, and integrate rates along the way.
 
-    z does not depend on the integrals, so their quadrature need not use the Runge-Kutta stages:
-    Simpson's rule on z_n, the Hermite midpoint (z_n + z_{n+1})/2 + dt/8 (v_n - v_{n+1}) and
-    z_{n+1} has order four with 2 steps + 1 evaluations of the rates instead of 4 steps.
+    This is `odeint` for velocities whose integrands share their work with dz/dt; z does not
+    depend on the integrals, so `Quadrature` needs few evaluations of the rates.
 
     Args:
         field: callable `(t, z, node) -> (dz, rates)`; `t` is (), `z` and `dz` are (batch, dim).
@@ -54,41 +57,26 @@ def march(
     """
     if steps < 1:
         raise ArgumentError(f"`steps` must be at least 1, got {steps}")
-    dt = (stop - start) / steps
-    # Times come from the index of the step: sums of dt would drift in single precision.
-    offsets = torch.tensor([*method.c, 0.5], dtype=torch.float64)
-    shares = (torch.arange(steps + 1, dtype=torch.float64)[:, None] + offsets) / steps
-    times = [row.unbind() for row in (start + (stop - start) * shares).to(z0)]
+    shares = torch.arange(steps + 1, dtype=torch.float64) / steps
+    nodes = start + (stop - start) * shares
+    names: list[str] = []
 
-    z, zs = z0, [z0]
-    dz, rates = field(times[0][0], z, quadrature)
-    integrals = {name: rate * (dt / 6) for name, rate in rates.items()} if quadrature else {}
+    def at(t: Tensor, z: Tensor, _: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        dz, rates = field(t, z, True)
+        names[:] = rates
+        return dz, tuple(rates.values())
+
+    path = FixedMarch(
+        RungeKutta(method),
+        lambda t, z: field(t, z, False)[0],
+        Grid(nodes, method.c, z0),
+        [()] * steps,
+        quadrature=Quadrature(at, method, 4) if quadrature else None,
+    )
+    state, zs = path.begin(z0), [z0]
     for n in range(steps):
-        slopes = [dz]
-        for row, t in zip(method.a[1:], times[n][1:-1], strict=True):
-            slopes.append(field(t, _combine(z, row, slopes, dt), False)[0])
-        z_next = _combine(z, method.b, slopes, dt)
-        last = n + 1 == steps
-        if quadrature:
-            dz_next, rates = field(times[n + 1][0], z_next, True)
-            midpoint = 0.5 * (z + z_next) + (dt / 8) * (dz - dz_next)
-            _, middle = field(times[n][-1], midpoint, True)
-            weight = dt / 6 if last else dt / 3
-            for name in integrals:
-                integrals[name] = (
-                    integrals[name] + (2 * dt / 3) * middle[name] + weight * rates[name]
-                )
-            dz = dz_next
-        elif not last:
-            dz, _ = field(times[n + 1][0], z_next, False)
-        z = z_next
+        state, _ = path.step(n, state)
         if trajectory:
-            zs.append(z)
-    return March(z, integrals, torch.stack(zs) if trajectory else None)
-
-
-def _combine(z: Tensor, row: tuple[float, ...], slopes: list[Tensor], dt: float) -> Tensor:
-    for weight, slope in zip(row, slopes, strict=True):
-        if weight != 0.0:
-            z = torch.add(z, slope, alpha=weight * dt)
-    return z
+            zs.append(state.z)
+    integrals = dict(zip(names, state.sums, strict=True))
+    return March(state.z, integrals, torch.stack(zs) if trajectory else None)

@@ -1,0 +1,114 @@
+"""The user's velocity as the solvers see it: one tensor in, one tensor out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError, ShapeError
+
+Velocity = Callable[[Tensor, Any], Any]
+
+
+class Layout:
+    """How a state (a tensor or a pytree of tensors) lies in the one tensor that is integrated.
+
+    A tensor lies there as it is. The leaves of a pytree lie behind each other in a vector, or,
+    where samples are kept apart, in the columns of a (batch, total) matrix.
+
+    Raises:
+        ArgumentError: the state holds no tensor, or leaves of different batch sizes.
+    """
+
+    def __init__(self, state: Any, *, samples: bool = False) -> None:
+        leaves, self.spec = pytree.tree_flatten(state)
+        if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            got = [type(leaf).__name__ for leaf in leaves]
+            raise ArgumentError(f"`y0` must be a tensor or a pytree of tensors, got {got}")
+        self.plain = isinstance(state, Tensor)
+        self.samples = samples
+        if samples and (
+            any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1
+        ):
+            shapes = [tuple(leaf.shape) for leaf in leaves]
+            raise ArgumentError(f"`y0` must have one batch size in front, got shapes {shapes}")
+        self.shapes = [leaf.shape[1:] if samples else leaf.shape for leaf in leaves]
+        self.sizes = [shape.numel() for shape in self.shapes]
+
+    def join(self, state: Any) -> Tensor:
+        """The tensor in which `state` lies."""
+        if self.plain:
+            return state
+        leaves = pytree.tree_leaves(state)
+        if self.samples:
+            return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], dim=1)
+        return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+    def split(self, z: Tensor) -> Any:
+        """The state in `z`, which may have more axes in front (such as times)."""
+        if self.plain:
+            return z
+        lead, leaves, start = z.shape[:-1], [], 0
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            leaves.append(z[..., start : start + size].view((*lead, *shape)))
+            start += size
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class Field:
+    """dz = field(t, z): the velocity on the joined state, counted and checked.
+
+    Raises:
+        ShapeError: the velocity does not return the shape of the state.
+        ArgumentError: it returns another dtype, device or structure than the state's.
+    """
+
+    def __init__(self, func: Velocity, layout: Layout, *, cast: bool = False) -> None:
+        self.func = func
+        self.layout = layout
+        self.plain = layout.plain
+        self.cast = cast  # to the dtype of the state: under autocast the velocity has less
+        self.evaluations = 0
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        self.evaluations += 1
+        dz = self.func(t, z) if self.plain else self._joined(self.func(t, self.layout.split(z)))
+        try:
+            fits = dz.shape == z.shape and dz.dtype == z.dtype and dz.device == z.device
+        except AttributeError:
+            raise ArgumentError(
+                f"the velocity must return a tensor like the state, got {type(dz).__name__}"
+            ) from None
+        return dz if fits else self._mended(dz, z)
+
+    def _mended(self, dz: Tensor, z: Tensor) -> Tensor:
+        """The slope in the dtype of the state, where that loses nothing or was asked for."""
+        if self.cast or dz.dtype == z.dtype.to_real():
+            dz = dz.to(z.dtype)
+        if dz.shape != z.shape:
+            raise ShapeError(
+                f"the velocity must return the shape of the state, {tuple(z.shape)}, got "
+                f"{tuple(dz.shape)}. A velocity maps (t, z) of shapes () and (batch, ...) to "
+                "dz/dt of shape (batch, ...)"
+            )
+        if dz.dtype != z.dtype or dz.device != z.device:
+            raise ArgumentError(
+                f"the velocity must return the dtype and device of the state, {z.dtype} on "
+                f"{z.device}, got {dz.dtype} on {dz.device}"
+            )
+        return dz
+
+    def _joined(self, dz: Any) -> Tensor:
+        leaves, _ = pytree.tree_flatten(dz)
+        shapes = [getattr(leaf, "shape", None) for leaf in leaves]
+        if self.layout.samples:
+            shapes = [shape[1:] if shape is not None else None for shape in shapes]
+        if shapes != self.layout.shapes:
+            raise ShapeError(
+                "the velocity must return a pytree like the state, with leaves of shapes "
+                f"{[tuple(s) for s in self.layout.shapes]}, got "
+                f"{[tuple(s) if s is not None else None for s in shapes]}"
+            )
+        return self.layout.join(dz)

@@ -1,0 +1,268 @@
+"""The adaptive march in which each sample has its own times and its own steps."""
+
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adaptive import Control, interpolates
+from .explicit import Step
+from .field import Field
+from .grid import beside
+from .quadrature import Quadrature, Rates, hermite_sums
+from .solution import Halt, NotConverged, Statistics, Status
+
+Candidate = tuple[int, Tensor, Tensor, Rates]  # output, samples that are there, z, integrals
+
+
+def sample_rms(z: Tensor) -> Tensor:
+    """The root mean square of each sample's entries, (batch,)."""
+    return z.abs().square().reshape(z.shape[0], -1).mean(1).sqrt()
+
+
+class IndependentMarch:
+    """Moves all samples at once, each by steps of its own, so that none depends on the others.
+
+    All arithmetic is elementwise in the sample; a sample that is done, or whose step was
+    rejected, rests while the others go on.
+
+    Args:
+        method: an embedded method, with `step`, `error` and `between`.
+        field: the velocity; gets times of shape (batch, 1, ..., 1).
+        control: the step size control, without `step_t` and `jump_t`.
+        quadrature: integrates rates along the way.
+    """
+
+    def __init__(
+        self, method: Any, field: Field, control: Control, quadrature: Quadrature | None = None
+    ) -> None:
+        self.method = method
+        self.field = field
+        self.control = control
+        self.quadrature = quadrature
+        self.statistics = Statistics()
+        self.halts: list[Halt] = []
+
+    def run(self, z: Tensor, t: Tensor, recorder: Any = None) -> list[tuple[Tensor, Rates]]:
+        """The solution and integrals at each column of the times `t`, (batch, times).
+
+        A row ends where its time stays the same. Entries that a sample did not reach are NaN.
+        """
+        times = t.detach()
+        candidates = self._march(z, t, times, recorder)
+        outputs = [(z, self._zeros)]
+        for j in range(1, t.shape[1]):
+            rest = times[:, j] == times[:, 0]
+            out = torch.where(beside(rest, z), z, torch.nan)
+            sums = tuple(torch.where(rest, total, torch.nan) for total in self._zeros)
+            outputs.append((out, sums))
+        for j, there, value, sums in candidates:
+            out, before = outputs[j]
+            columns = zip(sums, before, strict=True)
+            outputs[j] = (
+                torch.where(beside(there, z), value, out),
+                tuple(torch.where(there, new, old) for new, old in columns),
+            )
+        return outputs
+
+    def _march(self, z: Tensor, t: Tensor, times: Tensor, recorder: Any) -> list[Candidate]:
+        control, method, real = self.control, self.method, z.dtype.to_real()
+        node, now = t[:, 0], times[:, 0]
+        ends = times[:, -1]
+        sign = torch.where(ends < now, -1.0, 1.0).to(times)
+        begin = partial(self._begin, beside(node.to(real), z))
+        state = (begin((z,)) if recorder is None else recorder.call(begin, (z,)))[0]
+        self._zeros = state[2]
+        active = now != ends
+        h = self._first_steps(now, sign, state[0].detach(), state[1].detach())
+        before = torch.full_like(h, 1e-4)
+        accepted = torch.zeros_like(now, dtype=torch.long)
+        rejected = accepted.clone()
+        status = torch.full_like(accepted, Status.SUCCESS)
+        last_step = torch.zeros_like(now)
+        candidates: list[Candidate] = []
+        explicit = method.tableau.explicit
+        landing_on_outputs = not interpolates(method.tableau)
+        stop, stop_t = ends, t[:, -1]
+        while bool(active.any()):
+            h = h.clamp(control.min_step, control.max_step)
+            if landing_on_outputs:
+                passed = ((times - now[:, None]) * sign[:, None] > 0).to(torch.uint8)
+                following = passed.argmax(1, keepdim=True)
+                stop, stop_t = times.gather(1, following)[:, 0], t.gather(1, following)[:, 0]
+            landing = h >= (stop - now).abs() * (1 - 1e-10)
+            length = torch.where(landing, stop_t - node, sign * h)
+            # A sample that rests is evaluated where it is; implicit stages can't have dt = 0.
+            length = torch.where(active, length, 0.0 if explicit else sign * h)
+            if recorder is not None:
+                recorder.open(state)
+            dt = beside(length.to(real), z)
+            ts = self._stages(node, length, real, z)
+            try:
+                step = method.step(self.field, ts, dt, state[0], (state[1],))
+                with torch.no_grad():
+                    error = method.error(state[0], step, dt)
+                    scale = torch.maximum(state[0].abs(), step.z.abs())
+                    scale = scale.mul_(control.rtol).add_(control.atol)
+                    ratio = sample_rms(error / scale).to(now)
+            except NotConverged:
+                ratio = torch.full_like(now, torch.nan)
+            finite = torch.isfinite(ratio)
+            good = active & finite & ((ratio <= 1) | (h <= control.min_step))
+            if bool(good.any()):
+                if not bool(finite[active].all()) and explicit:
+                    # What is not finite must not enter the graph, not even behind a mask.
+                    length = torch.where(good, length, 0.0)
+                    dt, ts = beside(length.to(real), z), self._stages(node, length, real, z)
+                    if recorder is not None:
+                        recorder.drop()
+                        recorder.open(state)
+                    step = method.step(self.field, ts, dt, state[0], (state[1],))
+                arrived = torch.where(landing, stop, now + sign * h)
+                inside = self._outputs(times, now, arrived, sign, good)
+                shares = [(j, there, self._share(t, j, node, length, there)) for j, there in inside]
+                ahead = torch.where(landing, stop_t, node + sign * h)
+                node_next = torch.where(good, ahead, node)
+                finish = partial(self._finish, ts, dt, beside(node_next.to(real), z), good, shares)
+                state, outs = finish(state, step)
+                if recorder is not None:
+                    recorder.close(partial(self._replay, ts, dt, finish))
+                candidates += outs
+                last_step = torch.where(good, length.detach(), last_step)
+                now, node = torch.where(good, arrived, now), node_next
+            elif recorder is not None:
+                recorder.drop()
+            accepted += good
+            rejected += active & ~good
+            factor = self._factor(ratio, before)
+            # Only the size of the last step, cut short at the end, says nothing of the next.
+            wish = length.detach().abs() * factor
+            wish = torch.where(landing & good, torch.maximum(wish, h), wish)
+            h = torch.where(active, wish, h)
+            before = torch.where(good, ratio.clamp_min(1e-4), before)
+            active = active & (now != ends)
+            stuck = active & (h <= 8 * torch.finfo(h.dtype).eps * now.abs().clamp_min(1e-300))
+            tiny = active & ~good & ((h <= control.min_step) | (h < 1e-300))
+            spent = active & (accepted + rejected >= control.max_num_steps)
+            for kind, which in ((Status.STEP_TOO_SMALL, stuck | tiny), (Status.STEP_LIMIT, spent)):
+                if bool(which.any()):
+                    lost = which & ~finite
+                    status = torch.where(which, int(kind), status)
+                    status = torch.where(lost, int(Status.NOT_FINITE), status)
+                    for i in which.nonzero().flatten().tolist():
+                        self.halts.append(
+                            Halt(Status(int(status[i])), float(now[i]), state[0][i], sample=i)
+                        )
+                    active = active & ~which
+        self.status = status
+        self.last = (now, state[0])
+        self.statistics.accepted, self.statistics.rejected = accepted, rejected
+        self.statistics.last_step = last_step
+        return candidates
+
+    def _begin(self, t: Tensor, state: tuple[Tensor]) -> tuple[Any, None]:
+        (z,) = state
+        slope, rates = self._slope(t, z, None)
+        return (z, slope, tuple(torch.zeros_like(rate) for rate in rates), rates), None
+
+    def _slope(self, t: Tensor, z: Tensor, known: Tensor | None) -> tuple[Tensor, Rates]:
+        if self.quadrature is not None:
+            return self.quadrature.at(t, z, known)
+        return (self.field(t, z) if known is None else known), ()
+
+    def _stages(
+        self, node: Tensor, length: Tensor, real: torch.dtype, z: Tensor
+    ) -> tuple[Tensor, ...]:
+        return tuple(beside((node + c * length).to(real), z) for c in self.method.offsets)
+
+    def _finish(
+        self,
+        ts: tuple[Tensor, ...],
+        dt: Tensor,
+        end: Tensor,
+        good: Tensor,
+        shares: list[tuple[int, Tensor, Tensor]],
+        state: Any,
+        step: Step,
+    ) -> tuple[Any, list[Candidate]]:
+        """What follows a step that some samples accept; the others stay where they are."""
+        z, slope, sums, rates = state
+        here = beside(good, z)
+        z_next = torch.where(here, step.z, z)
+        known = None
+        if step.carry:
+            known = torch.where(here, step.carry[0], slope)
+        slope_next, rates_next = self._slope(end, z_next, known)
+        if not step.carry:
+            step = step._replace(carry=(slope_next,))
+        sums_next = sums
+        if self.quadrature is not None:
+            if self.quadrature.staged:
+                moved = self.quadrature.advance_staged(sums, rates, ts, z, step.slopes, dt)
+            else:
+                moved = self.quadrature.advance(
+                    sums,
+                    rates,
+                    rates_next,
+                    lambda x: (ts[0] + x * dt, self.method.between(x, z, step, dt)),
+                    dt,
+                )
+            columns = zip(moved, sums, strict=True)
+            sums_next = tuple(torch.where(good, new, old) for new, old in columns)
+        outs = []
+        for j, there, share in shares:
+            x = share.to(z.dtype.to_real())
+            value = self.method.between(beside(x, z), z, step, dt)
+            totals = hermite_sums(x, sums, sums_next, rates, rates_next, dt.flatten())
+            outs.append((j, there, value, totals))
+        return (z_next, slope_next, sums_next, rates_next), outs
+
+    def _replay(self, ts: tuple[Tensor, ...], dt: Tensor, finish: Any, state: Any) -> Any:
+        return finish(state, self.method.step(self.field, ts, dt, state[0], (state[1],)))
+
+    @staticmethod
+    def _outputs(
+        times: Tensor, now: Tensor, arrived: Tensor, sign: Tensor, good: Tensor
+    ) -> list[tuple[int, Tensor]]:
+        """The outputs that lie in this step of some samples, with those samples."""
+        passed = (times - now[:, None]) * sign[:, None] > 0
+        reached = (arrived[:, None] - times) * sign[:, None] >= 0
+        hits = passed & reached & good[:, None]
+        columns = hits.any(0).nonzero().flatten().tolist()
+        return [(j, hits[:, j]) for j in columns]
+
+    @staticmethod
+    def _share(t: Tensor, j: int, node: Tensor, length: Tensor, there: Tensor) -> Tensor:
+        safe = torch.where(there, length, 1.0)
+        return torch.where(there, (t[:, j] - node) / safe, 0.0)
+
+    def _factor(self, ratio: Tensor, before: Tensor) -> Tensor:
+        control = self.control
+        wish = control.safety * ratio ** (0.75 * control.beta - 1 / self.method.order)
+        wish = wish * torch.where(ratio <= 1, before, 1.0) ** control.beta
+        wish = torch.where(ratio == 0, control.ifactor, wish)
+        return torch.nan_to_num(wish, nan=control.dfactor).clamp(control.dfactor, control.ifactor)
+
+    def _first_steps(self, now: Tensor, sign: Tensor, z: Tensor, f0: Tensor) -> Tensor:
+        """As `adaptive.first_step`, for each sample."""
+        control = self.control
+        if control.first_step is not None and isfinite(control.first_step):
+            return torch.full_like(now, control.first_step)
+        with torch.no_grad():
+            scale = z.abs() * control.rtol + control.atol
+            d0, d1 = sample_rms(z / scale), sample_rms(f0 / scale)
+            small = (d0 < 1e-5) | (d1 < 1e-5) | ~torch.isfinite(d1)
+            h0 = torch.where(small, 1e-6, 0.01 * d0 / d1).to(now)
+            real = z.dtype.to_real()
+            z1 = torch.addcmul(z, f0, beside((sign * h0).to(real), z))
+            f1 = self.field(beside((now + sign * h0).to(real), z), z1)
+            d2 = sample_rms((f1 - f0) / scale).to(now) / h0
+            top = torch.maximum(d1.to(now), d2)
+            h1 = torch.where(
+                top <= 1e-15,
+                (h0 * 1e-3).clamp_min(1e-6),
+                (0.01 / top) ** (1 / self.method.order),
+            )
+            return torch.where(torch.isfinite(top), torch.minimum(100 * h0, h1), h0)
