@@ -21,7 +21,8 @@ from pathline.integrate.fixed import FixedMarch
 from pathline.integrate.grid import Grid
 from pathline.integrate.imex import ImexRungeKutta, Split
 from pathline.integrate.implicit import ImplicitRungeKutta
-from pathline.integrate.newton import DenseSystem, KrylovSystem, Rows, Stages, Tangent, gmres
+from pathline.integrate.linear import DenseSystem, KrylovSystem, Rows, Tangent, gmres
+from pathline.integrate.newton import Stages
 from pathline.integrate.solution import NotConverged
 
 TABLEAUS = [
@@ -84,8 +85,9 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", IMPLICIT)
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    "name, state", [(n, s) for n in IMPLICIT for s in STATES if s == "batch" or n in FEW]
+)
 def test_order(name, state):
     method, z0 = IMPLICIT[name], STATES[state]
     exact = 1 / (1 / z0 + math.sin(2.0))
@@ -174,8 +176,8 @@ def reference(problem):
         z0,
         method="Radau",
         t_eval=ts,
-        rtol=1e-10,
-        atol=1e-13,
+        rtol=1e-8,
+        atol=1e-12,
         jac=jacobian,
     )
     return torch.tensor(out.y.T)
@@ -500,7 +502,7 @@ def test_first_and_second_derivatives_of_a_step(name, linear):
     for dt in (torch.tensor(0.4), torch.tensor([[0.4], [0.2]])):
         inputs = (z, t, dt.requires_grad_(), w)
         assert gradcheck(run, inputs)
-        assert gradgradcheck(run, inputs)
+        assert gradgradcheck(run, inputs, fast_mode=dt.ndim > 0)
 
 
 @pytest.mark.parametrize("name", ["trapezoid", "gl4"])
@@ -510,7 +512,7 @@ def test_derivatives_of_complex_states(name):
     inputs = (z, torch.tensor(0.3), torch.tensor(0.4, requires_grad=True), w)
     run = one_step(IMPLICIT[name], complex_=True)
     assert gradcheck(run, inputs)
-    assert gradgradcheck(run, inputs)
+    assert gradgradcheck(run, inputs, fast_mode=name == "gl4")
 
 
 @pytest.mark.parametrize("derivatives", [1, 2, 3])
@@ -553,14 +555,14 @@ def test_checkpoints_replay_bit_for_bit(name, linear):
     """Also the step that saves a state without a graph."""
     method = replace(IMPLICIT[name], linear=linear)
     net = torch.nn.Linear(2, 2)
-    ts = steps(0.0, 1.0, 7)
+    ts = steps(0.0, 1.0, 5)
 
     def run(segments):
         z = torch.linspace(-1, 1, 6).view(3, 2).requires_grad_()
         recorder = None
         if segments:
             recorder = Checkpoint(
-                steps=7, slots=segments, memory=None, width=1, device=torch.device("cpu")
+                steps=5, slots=segments, memory=None, width=1, device=torch.device("cpu")
             )
         with recorder if recorder else torch.enable_grad():
             z1, _ = solve(method, lambda t, z: net(z) - 5 * z**3, z, ts, recorder=recorder)
@@ -589,7 +591,7 @@ def test_adaptive_gradient_is_as_accurate_as_the_solution():
             return torch.stack([back - decay, decay - back - burn, burn], -1)
 
         z0 = torch.tensor([[1.0, 0.0, 0.0]])
-        zs, _, _ = run_adaptive(ADAPTIVE["kencarp5"], velocity, z0, (0.0, 10.0), 1e-8, 1e-12)
+        zs, _, _ = run_adaptive(ADAPTIVE["kencarp5"], velocity, z0, (0.0, 10.0), 1e-7, 1e-11)
         return zs[-1, 0, 0]
 
     (gradient,) = torch.autograd.grad(end(theta), theta)
@@ -598,7 +600,7 @@ def test_adaptive_gradient_is_as_accurate_as_the_solution():
             h = torch.zeros(2)
             h[i] = 1e-4 * theta[i]
             difference = (end(theta + h) - end(theta - h)) / (2 * h[i])
-            assert_close(gradient[i], difference, rtol=1e-4, atol=0)
+            assert_close(gradient[i], difference, rtol=1e-3, atol=0)
 
 
 # Implicit-explicit methods
@@ -650,7 +652,7 @@ def test_imex_ark5_has_order_five():
 
     split = Split(explicit, a)
     with torch.no_grad():
-        exact, _ = solve(IMPLICIT["gl6"], split, z0, steps(0.0, 2.0, 400))
+        exact, _ = solve(IMPLICIT["gl6"], split, z0, steps(0.0, 2.0, 150))
     order = fitted_order(IMEX["imex_ark5"], split, z0, exact, count=10)
     assert order == pytest.approx(5, abs=0.4)
 

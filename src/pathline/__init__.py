@@ -7,8 +7,21 @@ from . import flows as flows
 from . import integrate as integrate
 from . import nets as nets
 from .errors import PathlineError as PathlineError
+from .integrate import odeint as odeint
+from .integrate import odeint_adjoint as odeint_adjoint
 from .models import load as load
 from .models import save as save
 from .train import fit as fit
 
-__all__ = ["PathlineError", "control", "fit", "flows", "integrate", "load", "nets", "save"]
+__all__ = [
+    "PathlineError",
+    "control",
+    "fit",
+    "flows",
+    "integrate",
+    "load",
+    "nets",
+    "odeint",
+    "odeint_adjoint",
+    "save",
+]

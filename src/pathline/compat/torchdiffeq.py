@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import SolveError
 from ..integrate import METHODS
 from ..integrate.adjoint import AdjointSpec
-from ..integrate.solve import Request, Solve
+from ..integrate.setup import Request
+from ..integrate.solve import solve
 
 __version__ = "0.2.5"  # the release whose calls and results are followed
 
@@ -29,7 +30,7 @@ class SolveAssertion(SolveError, AssertionError):
 
 def _solve(request: Request) -> Any:
     try:
-        return Solve(request).run().hand_out(False, False)
+        return solve(request).hand_out(False, False)
     except SolveError as error:
         raise SolveAssertion(str(error)) from None
 
@@ -147,6 +148,6 @@ def odeint_dense(
         lenient=True,
     )
     try:
-        return Solve(request).run().or_raise().dense
+        return solve(request).or_raise().dense
     except SolveError as error:
         raise SolveAssertion(str(error)) from None

@@ -1,13 +1,19 @@
-"""Integration of dz/dt = v(t, z) and of quantities that ride along."""
+"""Integration of dz/dt = v(t, z), and of quantities and noise that ride along."""
 
+from .checkpoint import Plan as Plan
+from .imex import Split as Split
 from .march import March as March
 from .march import march as march
 from .methods import METHODS as METHODS
 from .odeint import odeint as odeint
 from .odeint import odeint_adjoint as odeint_adjoint
+from .sde import SDE_METHODS as SDE_METHODS
+from .sde import BrownianPath as BrownianPath
+from .sde import sdeint as sdeint
 from .solution import Solution as Solution
 from .solution import Statistics as Statistics
 from .solution import Status as Status
+from .structured import Separable as Separable
 from .tableaus import EULER as EULER
 from .tableaus import MIDPOINT as MIDPOINT
 from .tableaus import RK4 as RK4
@@ -18,12 +24,18 @@ __all__ = [
     "METHODS",
     "MIDPOINT",
     "RK4",
+    "SDE_METHODS",
+    "BrownianPath",
     "March",
+    "Plan",
+    "Separable",
     "Solution",
+    "Split",
     "Statistics",
     "Status",
     "Tableau",
     "march",
     "odeint",
     "odeint_adjoint",
+    "sdeint",
 ]

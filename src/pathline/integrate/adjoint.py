@@ -80,7 +80,7 @@ def adjoint_norm(
 class AdjointSolve:
     """What the backward pass needs to know of the forward solve."""
 
-    forward: Callable[[Tensor, Tensor], Tensor]  # (z0, t) -> (times, ...), without a graph
+    forward: Callable[[], Tensor]  # the solution (times, ...)
     backward: Callable[..., Any]  # odeint with method and tolerances of the adjoint
     field: Field
     captured: Captured
@@ -108,7 +108,7 @@ class Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: AdjointSolve, z0: Tensor, t: Tensor, *params: Tensor) -> Tensor:
         with torch.no_grad():
-            zs = solve.forward(z0.detach(), t.detach())
+            zs = solve.forward()
         ctx.solve = solve
         ctx.adjoint_options = solve.options
         ctx.autocast = autocast_now(z0.device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .field import Field
+from .grid import time_dtype
 from .solution import Piece
 
 EventFn = Callable[[Tensor, Any], Tensor]
@@ -31,6 +32,7 @@ class Event:
         self.tolerance = max(tolerance, 1e-15)
         with torch.no_grad():
             self.signs = torch.sign(function(t, field.layout.split(z)))
+            self.now = bool((self.signs == 0).any())
         self.found: tuple[Tensor, Tensor] | None = None
 
     def value(self, t: Tensor, z: Tensor) -> Tensor:
@@ -39,9 +41,13 @@ class Event:
 
     def watch(self, piece: Piece, z: Tensor) -> bool:
         """Whether the event lies in the step; then it is found by bisection."""
-        real = z.dtype.to_real()
+        real, double = z.dtype.to_real(), time_dtype(z.device)
+
+        def time(x: float) -> Tensor:
+            return torch.as_tensor(piece.start + x * piece.dt, dtype=double, device=z.device)
+
         with torch.no_grad():
-            end = torch.as_tensor(piece.start + piece.dt).to(z.device, real)
+            end = time(1.0).to(real)
             if float(self.value(end, z)) > 0:
                 return False
             low, high = 0.0, 1.0
@@ -49,13 +55,12 @@ class Event:
             halvings = max(1, ceil(log2(max(length / self.tolerance, 2.0))))
             for _ in range(min(halvings, 60)):
                 x = 0.5 * (low + high)
-                t = torch.as_tensor(piece.start + x * piece.dt).to(z.device, real)
-                if float(self.value(t, piece.at(x))) > 0:
+                if float(self.value(time(x).to(real), piece.at(x))) > 0:
                     low = x
                 else:
                     high = x
         x = 0.5 * (low + high)
-        self.found = (torch.as_tensor(piece.start + x * piece.dt).to(z.device), piece.at(x))
+        self.found = (time(x), piece.at(x))
         return True
 
     def attach(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

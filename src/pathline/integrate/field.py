@@ -48,13 +48,17 @@ class Layout:
 
     def split(self, z: Tensor) -> Any:
         """The state in `z`, which may have more axes in front (such as times)."""
+        return z if self.plain else pytree.tree_unflatten(self.leaves(z), self.spec)
+
+    def leaves(self, z: Tensor) -> list[Tensor]:
+        """The leaves of the state in `z`."""
         if self.plain:
-            return z
+            return [z]
         lead, leaves, start = z.shape[:-1], [], 0
         for shape, size in zip(self.shapes, self.sizes, strict=True):
             leaves.append(z[..., start : start + size].view((*lead, *shape)))
             start += size
-        return pytree.tree_unflatten(leaves, self.spec)
+        return leaves
 
 
 class Field:

@@ -10,7 +10,8 @@ from ..errors import ArgumentError
 from .dense import Scalar, combine, cubic
 from .explicit import Step
 from .field import Field
-from .newton import SOLVERS, Accuracy, Rows, Stages, System, attach, solve_stages
+from .linear import Rows, System
+from .newton import SOLVERS, Accuracy, Stages, attach, solve_stages
 from .tableaus import Tableau
 
 

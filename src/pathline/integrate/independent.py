@@ -19,7 +19,8 @@ Candidate = tuple[int, Tensor, Tensor, Rates]  # output, samples that are there,
 
 def sample_rms(z: Tensor) -> Tensor:
     """The root mean square of each sample's entries, (batch,)."""
-    return z.abs().square().reshape(z.shape[0], -1).mean(1).sqrt()
+    squares = z.abs().square()
+    return (squares.flatten(1).mean(1) if z.ndim > 1 else squares).sqrt()
 
 
 class IndependentMarch:
@@ -83,7 +84,6 @@ class IndependentMarch:
         status = torch.full_like(accepted, Status.SUCCESS)
         last_step = torch.zeros_like(now)
         candidates: list[Candidate] = []
-        explicit = method.tableau.explicit
         landing_on_outputs = not interpolates(method.tableau)
         stop, stop_t = ends, t[:, -1]
         while bool(active.any()):
@@ -94,8 +94,7 @@ class IndependentMarch:
                 stop, stop_t = times.gather(1, following)[:, 0], t.gather(1, following)[:, 0]
             landing = h >= (stop - now).abs() * (1 - 1e-10)
             length = torch.where(landing, stop_t - node, sign * h)
-            # A sample that rests is evaluated where it is; implicit stages can't have dt = 0.
-            length = torch.where(active, length, 0.0 if explicit else sign * h)
+            length = torch.where(active, length, 0.0)  # a sample that rests stays where it is
             if recorder is not None:
                 recorder.open(state)
             dt = beside(length.to(real), z)
@@ -112,7 +111,7 @@ class IndependentMarch:
             finite = torch.isfinite(ratio)
             good = active & finite & ((ratio <= 1) | (h <= control.min_step))
             if bool(good.any()):
-                if not bool(finite[active].all()) and explicit:
+                if not bool(finite[active].all()):
                     # What is not finite must not enter the graph, not even behind a mask.
                     length = torch.where(good, length, 0.0)
                     dt, ts = beside(length.to(real), z), self._stages(node, length, real, z)
@@ -253,7 +252,7 @@ class IndependentMarch:
         with torch.no_grad():
             scale = z.abs() * control.rtol + control.atol
             d0, d1 = sample_rms(z / scale), sample_rms(f0 / scale)
-            small = (d0 < 1e-5) | (d1 < 1e-5) | ~torch.isfinite(d1)
+            small = ~((d0 >= 1e-5) & (d1 >= 1e-5) & torch.isfinite(d0 + d1))
             h0 = torch.where(small, 1e-6, 0.01 * d0 / d1).to(now)
             real = z.dtype.to_real()
             z1 = torch.addcmul(z, f0, beside((sign * h0).to(real), z))

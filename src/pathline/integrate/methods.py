@@ -4,6 +4,7 @@ from typing import Any
 
 from . import tableaus
 from .explicit import RungeKutta
+from .imex import ImexRungeKutta
 from .implicit import ImplicitRungeKutta
 from .multistep import Adams
 from .structured import AsynchronousLeapfrog, Leapfrog, ReversibleMidpoint, Verlet
@@ -20,9 +21,14 @@ IMPLICIT = (
     *(tableaus.SDIRK2, tableaus.TRBDF2),
     *(tableaus.ESDIRK3, tableaus.ESDIRK4, tableaus.ESDIRK5),
 )
+IMEX = (
+    *(tableaus.IMEX_EULER, tableaus.ARS222, tableaus.ARS443),
+    *(tableaus.IMEX_ARK3, tableaus.IMEX_ARK4, tableaus.IMEX_ARK5),
+)
 _OBJECTS: tuple[Any, ...] = (
     *map(RungeKutta, EXPLICIT),
     *map(ImplicitRungeKutta, IMPLICIT),
+    *map(ImexRungeKutta, IMEX),
     Adams(implicit=False),
     Adams(implicit=True),
     AsynchronousLeapfrog(),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .adjoint import AdjointSpec
 from .field import Velocity
-from .solve import Request, Solve
+from .setup import Request
+from .solve import solve
 
 
 def odeint(
@@ -110,7 +111,7 @@ def odeint(
             adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params
         ),
     )
-    return Solve(request).run().hand_out(solution, quadrature is not None)
+    return solve(request).hand_out(solution, quadrature is not None)
 
 
 def odeint_adjoint(

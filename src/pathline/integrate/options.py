@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -145,7 +146,7 @@ def check_tolerance(name: str, tolerance: Any, layout: Layout, z: Tensor) -> flo
                 f"got {len(tolerance)}"
             )
         parts = [
-            torch.as_tensor(part, dtype=torch.float64).expand(shape).reshape(-1)
+            _spread(name, torch.as_tensor(part, dtype=torch.float64), shape).reshape(-1)
             for part, shape in zip(tolerance, layout.shapes, strict=True)
         ]
         tolerance = torch.cat(parts)
@@ -157,10 +158,26 @@ def check_tolerance(name: str, tolerance: Any, layout: Layout, z: Tensor) -> flo
     if isinstance(tolerance, Tensor):
         if not bool((torch.isfinite(tolerance) & (tolerance >= 0)).all()):
             raise ArgumentError(f"`{name}` must be finite and not negative")
+        _spread(name, tolerance, z.shape)
         return tolerance.to(z.device, z.dtype.to_real())
-    if not (isinstance(tolerance, int | float) and 0 <= tolerance < inf):
+    if not (isinstance(tolerance, Real) and 0 <= float(tolerance) < inf):
         raise ArgumentError(f"`{name}` must be finite and not negative, got {tolerance!r}")
     return float(tolerance)
+
+
+def _spread(name: str, tolerance: Tensor, shape: torch.Size) -> Tensor:
+    """The tolerance in the shape of what it belongs to.
+
+    Raises:
+        ArgumentError: it does not broadcast to that.
+    """
+    try:
+        return tolerance.expand(shape)
+    except RuntimeError:
+        raise ArgumentError(
+            f"`{name}` must broadcast to the shape of `y0`, {tuple(shape)}, got "
+            f"{tuple(tolerance.shape)}"
+        ) from None
 
 
 def floats(name: str, times: Any) -> list[float]:

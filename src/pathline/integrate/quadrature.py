@@ -46,7 +46,7 @@ class Quadrature:
     def __init__(self, at: At, tableau: Tableau | None, order: int) -> None:
         self.at = at
         self.tableau = tableau
-        self.staged = order > 5 or (order > 4 and (tableau is None or tableau.b_mid is None))
+        self.staged = tableau is not None and (order > 5 or (order > 4 and tableau.b_mid is None))
         self.points, self.weights = LOBATTO[2 if order <= 2 else 4 if order <= 4 else 6]
 
     def advance(
@@ -78,7 +78,9 @@ class Quadrature:
         """The integrals after a step, by the weights of the method on its own stages."""
         assert self.tableau is not None
         flat = dt.flatten() if isinstance(dt, Tensor) and dt.ndim else dt
-        rows = zip(self.tableau.a, self.tableau.b, ts, slopes, strict=True)
+        # Implicit methods have the start of the step in front of the times of their stages.
+        stage_ts = ts[-self.tableau.stages :]
+        rows = zip(self.tableau.a, self.tableau.b, stage_ts, slopes, strict=True)
         for row, weight, t, slope in rows:
             if weight != 0.0:
                 rates = first
