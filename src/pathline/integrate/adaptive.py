@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dense import Scalar, combine
 from .explicit import Step
-from .field import Field
+from .field import Field, real_dtype
 from .fixed import State
 from .grid import time_dtype
 from .quadrature import Quadrature, Rates, hermite_sums
@@ -76,7 +76,7 @@ def first_step(
     d0, d1 = float(control.norm(z / scale)), float(control.norm(f0 / scale))
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or not isfinite(d1) else 0.01 * d0 / d1
     z1 = torch.add(z, f0, alpha=sign * h0)
-    f1 = march_field(torch.as_tensor(t + sign * h0).to(z.device, z.dtype.to_real()), z1)
+    f1 = march_field(torch.as_tensor(t + sign * h0).to(z.device, real_dtype(z)), z1)
     d2 = float(control.norm((f1 - f0) / scale)) / h0
     if not isfinite(d2):
         return h0
@@ -96,7 +96,7 @@ class Clock:
     """
 
     def __init__(self, t: Tensor, z: Tensor) -> None:
-        self.device, self.dtype = z.device, z.dtype.to_real()
+        self.device, self.dtype = z.device, real_dtype(z)
         self.t = t
         self.times: list[float] = t.tolist()
         self.now = self.times[0]

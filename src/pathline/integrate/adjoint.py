@@ -19,7 +19,7 @@ from ..errors import ArgumentError, SolveError
 from .adaptive import rms
 from .captured import Captured, sequence_number
 from .checkpoint import autocast_now
-from .field import Field
+from .field import Field, real_dtype
 
 ONCE = (
     'gradient="{}" can be differentiated once, and not by torch.func; '
@@ -134,7 +134,7 @@ class Adjoint(torch.autograd.Function):
         p = grad[-1].clone()
         grad_t = torch.zeros_like(t) if timed else None
         state = (zero, zs[-1], p, *[torch.zeros_like(param) for param in params])
-        real = zs.dtype.to_real()
+        real = real_dtype(zs)
         for i in range(len(t) - 1, 0, -1):
             if grad_t is not None:
                 # Moving an output time moves the output along the velocity.

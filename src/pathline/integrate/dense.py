@@ -1,7 +1,6 @@
 """The solution between two steps."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,8 +8,11 @@ from torch import Tensor
 Scalar = float | Tensor
 
 
-@lru_cache(maxsize=1024)
-def _around_largest(weights: tuple[float, ...]) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+Plan = tuple[int, float, tuple[tuple[int, float], ...]]
+_PLANS: dict[tuple[float, ...], Plan] = {}  # by weights, of which there are few
+
+
+def _around_largest(weights: tuple[float, ...]) -> Plan:
     """The largest weight with its index, and the others that are not zero relative to it."""
     pivot = max(range(len(weights)), key=lambda i: abs(weights[i]), default=0)
     largest = weights[pivot] if weights else 0.0
@@ -23,7 +25,10 @@ def combine(z: Tensor, weights: tuple[float, ...], slopes: Sequence[Tensor], dt:
 
     The slopes are summed first, so that z is rounded once.
     """
-    pivot, largest, others = _around_largest(weights)
+    plan = _PLANS.get(weights)
+    if plan is None:
+        plan = _PLANS[weights] = _around_largest(weights)
+    pivot, largest, others = plan
     if largest == 0.0:
         return z
     slope = slopes[pivot]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .field import Field
+from .field import Field, real_dtype
 from .grid import time_dtype
 from .solution import Piece
 
@@ -41,7 +41,7 @@ class Event:
 
     def watch(self, piece: Piece, z: Tensor) -> bool:
         """Whether the event lies in the step; then it is found by bisection."""
-        real, double = z.dtype.to_real(), time_dtype(z.device)
+        real, double = real_dtype(z), time_dtype(z.device)
 
         def time(x: float) -> Tensor:
             return torch.as_tensor(piece.start + x * piece.dt, dtype=double, device=z.device)
@@ -68,7 +68,7 @@ class Event:
 
         d t = - d g / (dg/dt + dg/dz v), and the state moves along v with the time.
         """
-        real = z.dtype.to_real()
+        real = real_dtype(z)
         if not torch.is_grad_enabled():
             return t.to(real), z
         with torch.enable_grad():

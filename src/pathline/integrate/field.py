@@ -12,6 +12,14 @@ from ..errors import ArgumentError, ShapeError
 Velocity = Callable[[Tensor, Any], Any]
 
 
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real_dtype(z: Tensor) -> torch.dtype:
+    """The dtype of times and step lengths that go with the state."""
+    return REAL.get(z.dtype, z.dtype)
+
+
 class Layout:
     """How a state (a tensor or a pytree of tensors) lies in the one tensor that is integrated.
 
@@ -89,7 +97,7 @@ class Field:
 
     def _mended(self, dz: Tensor, z: Tensor) -> Tensor:
         """The slope in the dtype of the state, where that loses nothing or was asked for."""
-        if self.cast or dz.dtype == z.dtype.to_real():
+        if self.cast or dz.dtype == real_dtype(z):
             dz = dz.to(z.dtype)
         if dz.shape != z.shape:
             raise ShapeError(

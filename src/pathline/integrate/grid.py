@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .field import real_dtype
+
 
 def time_dtype(device: torch.device) -> torch.dtype:
     """Times are kept in double precision wherever the device has it."""
@@ -40,7 +42,7 @@ class Grid:
         traced: bool = False,
     ) -> None:
         self.nodes, self.offsets, self.perturb = nodes, tuple(offsets), perturb
-        dtype = z.dtype.to_real()
+        dtype = real_dtype(z)
         steps = nodes.diff(dim=0)
         stages = [
             nodes[:-1] if c == 0.0 else nodes[1:] if c == 1.0 else nodes[:-1] + c * steps

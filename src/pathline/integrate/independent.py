@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .adaptive import Control, interpolates
+from .dense import Scalar
 from .explicit import Step
-from .field import Field
+from .field import Field, real_dtype
 from .grid import beside
-from .quadrature import Quadrature, Rates, hermite_sums
+from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Statistics, Status
 
 Candidate = tuple[int, Tensor, Tensor, Rates]  # output, samples that are there, z, integrals
@@ -69,7 +70,7 @@ class IndependentMarch:
         return outputs
 
     def _march(self, z: Tensor, t: Tensor, times: Tensor, recorder: Any) -> list[Candidate]:
-        control, method, real = self.control, self.method, z.dtype.to_real()
+        control, method, real = self.control, self.method, real_dtype(z)
         node, now = t[:, 0], times[:, 0]
         ends = times[:, -1]
         sign = torch.where(ends < now, -1.0, 1.0).to(times)
@@ -196,25 +197,26 @@ class IndependentMarch:
         slope_next, rates_next = self._slope(end, z_next, known)
         if not step.carry:
             step = step._replace(carry=(slope_next,))
+
+        def inside(x: Scalar) -> tuple[Tensor, Tensor]:
+            x = beside(x, z) if isinstance(x, Tensor) else x
+            return ts[0] + x * dt, self.method.between(x, z, step, dt)
+
         sums_next = sums
         if self.quadrature is not None:
             if self.quadrature.staged:
                 moved = self.quadrature.advance_staged(sums, rates, ts, z, step.slopes, dt)
             else:
-                moved = self.quadrature.advance(
-                    sums,
-                    rates,
-                    rates_next,
-                    lambda x: (ts[0] + x * dt, self.method.between(x, z, step, dt)),
-                    dt,
-                )
+                moved = self.quadrature.advance(sums, rates, rates_next, inside, dt)
             columns = zip(moved, sums, strict=True)
             sums_next = tuple(torch.where(good, new, old) for new, old in columns)
         outs = []
         for j, there, share in shares:
-            x = share.to(z.dtype.to_real())
+            x = share.to(real_dtype(z))
             value = self.method.between(beside(x, z), z, step, dt)
-            totals = hermite_sums(x, sums, sums_next, rates, rates_next, dt.flatten())
+            totals = sums
+            if self.quadrature is not None:
+                totals = self.quadrature.until(x, sums, rates, inside, dt.flatten())
             outs.append((j, there, value, totals))
         return (z_next, slope_next, sums_next, rates_next), outs
 
@@ -254,7 +256,7 @@ class IndependentMarch:
             d0, d1 = sample_rms(z / scale), sample_rms(f0 / scale)
             small = ~((d0 >= 1e-5) & (d1 >= 1e-5) & torch.isfinite(d0 + d1))
             h0 = torch.where(small, 1e-6, 0.01 * d0 / d1).to(now)
-            real = z.dtype.to_real()
+            real = real_dtype(z)
             z1 = torch.addcmul(z, f0, beside((sign * h0).to(real), z))
             f1 = self.field(beside((now + sign * h0).to(real), z), z1)
             d2 = sample_rms((f1 - f0) / scale).to(now) / h0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError, did_you_mean
-from .field import Layout
+from .field import Layout, real_dtype
 from .grid import time_dtype
 
 FIXED = {"step_size", "grid_constructor", "perturb", "interp", "norm"}
@@ -159,7 +159,7 @@ def check_tolerance(name: str, tolerance: Any, layout: Layout, z: Tensor) -> flo
         if not bool((torch.isfinite(tolerance) & (tolerance >= 0)).all()):
             raise ArgumentError(f"`{name}` must be finite and not negative")
         _spread(name, tolerance, z.shape)
-        return tolerance.to(z.device, z.dtype.to_real())
+        return tolerance.to(z.device, real_dtype(z))
     if not (isinstance(tolerance, Real) and 0 <= float(tolerance) < inf):
         raise ArgumentError(f"`{name}` must be finite and not negative, got {tolerance!r}")
     return float(tolerance)

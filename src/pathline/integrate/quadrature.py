@@ -66,6 +66,22 @@ class Quadrature:
             for total, column in zip(sums, columns, strict=True)
         )
 
+    def until(
+        self,
+        share: Scalar,
+        sums: Rates,
+        first: Rates,
+        inside: Callable[[Scalar], tuple[Tensor, Tensor]],
+        dt: Scalar,
+    ) -> Rates:
+        """The integrals at a share of a step, by Lobatto's rule on the part before it."""
+        inner = [self.at(*inside(share * x), None)[1] for x in (*self.points, 1.0)]
+        columns = zip(first, *inner, strict=True)
+        return tuple(
+            combine(total, self.weights, column, share * dt)
+            for total, column in zip(sums, columns, strict=True)
+        )
+
     def advance_staged(
         self,
         sums: Rates,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, SolveError, SolveWarning, unknown
-from .field import Field
+from .field import Field, real_dtype
 
 COMPLEX = ("RK45", "RK23", "DOP853", "BDF")  # those that integrate complex states
 SOLVERS = (*COMPLEX, "Radau", "LSODA")
@@ -90,7 +90,7 @@ def solve_scipy(
     def velocity(time: float, y: Any) -> Any:
         nonlocal called
         z = torch.from_numpy(y.copy()).to(z0.device, z0.dtype).view(shape)
-        dz = array(field(torch.tensor(time, dtype=z0.dtype.to_real(), device=z0.device), z))
+        dz = array(field(torch.tensor(time, dtype=real_dtype(z0), device=z0.device), z))
         # The explicit ones may step back from such a point, but not from the very first.
         if (not called or solver in ("Radau", "BDF")) and not np.isfinite(dz).all():
             raise SolveError(f"{solver} failed at t = {time:.6g}: the velocity is not finite here")

@@ -206,20 +206,16 @@ class Setup:
             )
 
     def _callbacks(self) -> dict[str, Callable[..., Any]]:
-        found = {name: getattr(self.request.func, name, None) for name in CALLBACKS}
         able = CALLBACKS if self.adaptive else CALLBACKS[:1] if self.method is not None else ()
-        wrong = [name for name, callback in found.items() if callback and name not in able]
-        if wrong:
-            warnings.warn(
-                f"method {self.request.method!r} does not call {', '.join(wrong)}",
-                SolveWarning,
-                stacklevel=4,
-            )
-
-        def split(callback: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda t, z, dt: callback(t, self.layout.split(z), dt)
-
-        return {name: split(callback) for name in able if (callback := found[name])}
+        callbacks = {}
+        for name in CALLBACKS:
+            callback = getattr(self.request.func, name, None)
+            if callback is not None and name in able:
+                callbacks[name] = _split(callback, self.layout)
+            elif callback is not None:
+                text = f"method {self.request.method!r} does not call {name}"
+                warnings.warn(text, SolveWarning, stacklevel=5)
+        return callbacks
 
     def _control(self) -> Control:
         options = dict(self.request.defaults)
@@ -255,3 +251,8 @@ class Setup:
 
 def _both_zero(rtol: float | Tensor, atol: float | Tensor) -> bool:
     return bool(torch.as_tensor(torch.as_tensor(rtol) + torch.as_tensor(atol) == 0).any())
+
+
+def _split(callback: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """The user's callback, who sees the state and not the tensor in which it lies."""
+    return lambda t, z, dt: callback(t, layout.split(z), dt)

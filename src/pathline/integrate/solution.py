@@ -1,8 +1,10 @@
 """What a solve hands back, and how it says that it failed."""
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -116,23 +118,33 @@ class Solution:
             return self.event, self.values
         return (self.values, self.integrals) if integrals else self.values
 
+    @cached_property
+    def _ends(self) -> list[float]:
+        """The ends of the steps, with the sign that makes them increase."""
+        ends = [float(piece.start) for piece in self.pieces]
+        ends.append(ends[-1] + float(self.pieces[-1].dt))
+        return ends if ends[-1] > ends[0] else [-end for end in ends]
+
     def dense(self, t: float | Tensor) -> Any:
         """The state at time `t`, a number within the solved span, by the method's interpolant.
 
         Raises:
-            SolveError: `t` was not reached, or lies outside of the span.
+            SolveError: `t` was not reached or lies outside of the span, or samples have times or
+                steps of their own, of which no interpolant is kept.
         """
-        t = float(t)
-        for piece in self.pieces:
-            start, dt = float(piece.start), float(piece.dt)
-            x = (t - start) / dt
-            if -1e-12 <= x <= 1 + 1e-12:
-                return self.split(piece.at(min(max(x, 0.0), 1.0)))
-        spans = [float(p.start) for p in self.pieces] + [
-            float(p.start) + float(p.dt) for p in self.pieces[-1:]
-        ]
-        span = f"[{min(spans):g}, {max(spans):g}]" if spans else "nothing"
-        raise SolveError(f"`t` = {t:g} lies outside of what was solved, {span}")
+        if not self.pieces:
+            raise SolveError(
+                "there is no dense output: no step was made, or samples have their own"
+            )
+        ends = self._ends
+        sign = 1.0 if float(self.pieces[0].dt) > 0 else -1.0
+        slack = 1e-12 * (ends[-1] - ends[0])
+        if not ends[0] - slack <= sign * float(t) <= ends[-1] + slack:
+            span = sorted((sign * ends[0], sign * ends[-1]))
+            raise SolveError(f"`t` = {float(t):g} lies outside of what was solved, {span}")
+        n = min(max(bisect_right(ends, sign * float(t)) - 1, 0), len(self.pieces) - 1)
+        share = (sign * float(t) - ends[n]) / (ends[n + 1] - ends[n])
+        return self.split(self.pieces[n].at(min(max(share, 0.0), 1.0)))
 
 
 class NotConverged(Exception):

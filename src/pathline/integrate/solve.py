@@ -17,7 +17,7 @@ from .captured import Captured
 from .checkpoint import Checkpoint
 from .events import Event
 from .explicit import RungeKutta
-from .field import Velocity
+from .field import Velocity, real_dtype
 from .fixed import FixedMarch
 from .grid import Grid, beside
 from .implicit import ImplicitRungeKutta
@@ -219,7 +219,7 @@ def _run(march: Any, recorder: Checkpoint | None, *args: Any) -> tuple[Outputs, 
 
 
 def _captured(given: Setup) -> Captured:
-    t = given.t[..., 0].to(given.z0.dtype.to_real())
+    t = given.t[..., 0].to(real_dtype(given.z0))
     t = beside(t, given.z0) if t.ndim else t
     return Captured(given.velocity, t, given.z0, given.request.adjoint.params)
 
@@ -338,7 +338,7 @@ def _until_event(given: Setup) -> Solution:
     if given.method is None or given.independent or given.t.ndim != 1:
         raise ArgumentError("`event_fn` takes neither scipy_solver nor samples of their own")
     tolerance = float(torch.as_tensor(given.atol).min())
-    start = given.t[0].to(given.z0.dtype.to_real())
+    start = given.t[0].to(real_dtype(given.z0))
     event = Event(request.event_fn, given.velocity, start, given.z0, tolerance)
     if event.now:
         return _event_solution(given, given.t[0], given.z0)

@@ -5,8 +5,7 @@ rooted trees in `tests/test_tableaus.py`; a new method needs a line there that s
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from ..errors import ArgumentError
 
@@ -33,6 +32,11 @@ class Tableau:
             output by the quartic through both ends, both slopes and this middle. Without it the
             cubic Hermite interpolant is the better one.
 
+    `explicit` says whether each stage follows from earlier ones by evaluation alone. `fsal` says
+    whether the last slope is v(t + dt, z(t + dt)), so that the next step may start with it; an
+    implicit method with this property is called stiffly accurate, and the slope serves the next
+    step only if its first stage is explicit (`c[0]` and `a[0]` are zero).
+
     Raises:
         ArgumentError: rows do not fit together, or sums are not what they must be.
 
@@ -51,8 +55,12 @@ class Tableau:
     c: tuple[float, ...]
     b_err: tuple[float, ...] | None = None
     b_mid: tuple[float, ...] | None = None
+    explicit: bool = field(init=False, repr=False, compare=False)
+    fsal: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        explicit = all(len(row) == i for i, row in enumerate(self.a))
+        object.__setattr__(self, "explicit", explicit)
         columns = [self.a, self.c, *(w for w in (self.b_err, self.b_mid) if w is not None)]
         if not self.b or any(len(column) != self.stages for column in columns):
             raise ArgumentError(
@@ -77,31 +85,18 @@ class Tableau:
                     f"`{what}` of the tableau {self.name!r} must sum to {want}, "
                     f"got {math.fsum(weight)}"
                 )
+        padding = (0.0,) * (self.stages - len(self.a[-1]))
+        object.__setattr__(self, "fsal", self.a[-1] + padding == self.b and self.c[-1] == 1)
 
     @property
     def stages(self) -> int:
         """The number of slopes in a step."""
         return len(self.b)
 
-    @cached_property
-    def explicit(self) -> bool:
-        """Whether each stage follows from earlier ones by evaluation alone."""
-        return all(len(row) == i for i, row in enumerate(self.a))
-
     @property
     def diagonal(self) -> bool:
         """Whether each stage solves an equation for itself only (explicit methods don't)."""
         return all(len(row) == i + 1 for i, row in enumerate(self.a))
-
-    @cached_property
-    def fsal(self) -> bool:
-        """Whether the last slope is v(t + dt, z(t + dt)), so that the next step may start with it.
-
-        An implicit method with this property is called stiffly accurate; the slope serves the next
-        step only if its first stage is explicit (`c[0]` and `a[0]` are zero).
-        """
-        padding = (0.0,) * (self.stages - len(self.a[-1]))
-        return self.a[-1] + padding == self.b and self.c[-1] == 1
 
 
 @dataclass(frozen=True)
