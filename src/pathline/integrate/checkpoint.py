@@ -146,7 +146,7 @@ class Checkpoint:
         self.again: dict[int, dict[int, Tensor]] = {}  # by step: saved by its recomputation
         self.hooks = saved_tensors_hooks(self._pack, self._unpack)
         self.autocast = autocast_now(device)
-        self.random = _Random(device)
+        self.random = Randomness(device)
         self.places: set[int] | None = None
 
     def __enter__(self) -> "Checkpoint":
@@ -307,8 +307,8 @@ def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[An
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-class _Random:
-    """Notices a velocity that draws random numbers, whose steps can't be run again."""
+class Randomness:
+    """Notices whether random numbers were drawn, since steps that draw can't be run again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -320,8 +320,13 @@ class _Random:
         return torch.get_rng_state()
 
     def check(self) -> None:
+        """Refuses a velocity that drew since.
+
+        Raises:
+            ArgumentError: it did.
+        """
         if not torch.equal(self.before, self._state()):
             raise ArgumentError(
                 "the velocity draws random numbers, so its steps can't be run again; draw them "
-                'before the solve, or use gradient="discrete"'
+                'before the solve, or use gradient="discrete" without torch.autocast'
             )

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from .adaptive import Control, interpolates
-from .dense import Scalar
+from .dense import Scalar, combine
 from .explicit import Step
 from .field import Field, real_dtype
 from .grid import beside
@@ -16,6 +17,10 @@ from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Statistics, Status
 
 Candidate = tuple[int, Tensor, Tensor, Rates]  # output, samples that are there, z, integrals
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def sample_rms(z: Tensor) -> Tensor:
@@ -96,10 +101,11 @@ class IndependentMarch:
             landing = h >= (stop - now).abs() * (1 - 1e-10)
             length = torch.where(landing, stop_t - node, sign * h)
             length = torch.where(active, length, 0.0)  # a sample that rests stays where it is
-            if recorder is not None:
-                recorder.open(state)
+            tried, start = length.detach().abs(), state[0]
             dt = beside(length.to(real), z)
             ts = self._stages(node, length, real, z)
+            if recorder is not None:
+                recorder.open(state)
             try:
                 step = method.step(self.field, ts, dt, state[0], (state[1],))
                 with torch.no_grad():
@@ -114,17 +120,20 @@ class IndependentMarch:
             if bool(good.any()):
                 if not bool(finite[active].all()):
                     # What is not finite must not enter the graph, not even behind a mask.
+                    if recorder is not None:
+                        recorder.drop()
                     length = torch.where(good, length, 0.0)
                     dt, ts = beside(length.to(real), z), self._stages(node, length, real, z)
                     if recorder is not None:
-                        recorder.drop()
                         recorder.open(state)
                     step = method.step(self.field, ts, dt, state[0], (state[1],))
                 arrived = torch.where(landing, stop, now + sign * h)
                 inside = self._outputs(times, now, arrived, sign, good)
-                shares = [(j, there, self._share(t, j, node, length, there)) for j, there in inside]
-                ahead = torch.where(landing, stop_t, node + sign * h)
-                node_next = torch.where(good, ahead, node)
+                # Times that are differentiated are no part of what a recorder runs again.
+                with saved_tensors_hooks(_same, _same):
+                    shares = [(j, at, self._share(t, j, node, length, at)) for j, at in inside]
+                    ahead = torch.where(landing, stop_t, node + sign * h)
+                    node_next = torch.where(good, ahead, node)
                 finish = partial(self._finish, ts, dt, beside(node_next.to(real), z), good, shares)
                 state, outs = finish(state, step)
                 if recorder is not None:
@@ -138,7 +147,7 @@ class IndependentMarch:
             rejected += active & ~good
             factor = self._factor(ratio, before)
             # Only the size of the last step, cut short at the end, says nothing of the next.
-            wish = length.detach().abs() * factor
+            wish = tried * factor
             wish = torch.where(landing & good, torch.maximum(wish, h), wish)
             h = torch.where(active, wish, h)
             before = torch.where(good, ratio.clamp_min(1e-4), before)
@@ -148,9 +157,13 @@ class IndependentMarch:
             spent = active & (accepted + rejected >= control.max_num_steps)
             for kind, which in ((Status.STEP_TOO_SMALL, stuck | tiny), (Status.STEP_LIMIT, spent)):
                 if bool(which.any()):
-                    lost = which & ~finite
                     status = torch.where(which, int(kind), status)
-                    status = torch.where(lost, int(Status.NOT_FINITE), status)
+                    if kind is Status.STEP_LIMIT and bool((finite & which).any()):
+                        stiff = which & finite & (self._stiffness(start, step, dt) > 2.0)
+                        status = torch.where(stiff, int(Status.STIFF), status)
+                    if self._too_tight(z):
+                        status = torch.where(which, int(Status.TOLERANCE), status)
+                    status = torch.where(which & ~finite, int(Status.NOT_FINITE), status)
                     for i in which.nonzero().flatten().tolist():
                         self.halts.append(
                             Halt(Status(int(status[i])), float(now[i]), state[0][i], sample=i)
@@ -161,6 +174,21 @@ class IndependentMarch:
         self.statistics.accepted, self.statistics.rejected = accepted, rejected
         self.statistics.last_step = last_step
         return candidates
+
+    def _stiffness(self, z: Tensor, step: Step, dt: Tensor) -> Tensor:
+        """As `AdaptiveMarch.stiffness`, of each sample."""
+        rows = self.method.tableau.a
+        if not self.method.tableau.explicit:
+            return torch.zeros(len(z), device=z.device)
+        with torch.no_grad():
+            last = combine(z, rows[-1], step.slopes[: len(rows[-1])], dt)
+            other = combine(z, rows[-2], step.slopes[: len(rows[-2])], dt)
+            apart = (last - other).abs().reshape(len(z), -1).amax(1)
+            change = (step.slopes[-1] - step.slopes[-2]).abs().reshape(len(z), -1).amax(1)
+            return dt.abs().flatten() * change / apart.clamp_min(1e-300)
+
+    def _too_tight(self, z: Tensor) -> bool:
+        return float(torch.as_tensor(self.control.rtol).min()) < 10 * torch.finfo(z.dtype).eps
 
     def _begin(self, t: Tensor, state: tuple[Tensor]) -> tuple[Any, None]:
         (z,) = state

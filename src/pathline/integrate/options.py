@@ -110,10 +110,10 @@ def check_rows(t: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         mask = torch.ones_like(t, dtype=torch.bool)
-    if mask.shape != t.shape or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor) or mask.shape != t.shape or mask.dtype != torch.bool:
+        got = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
         raise ArgumentError(
-            f"`mask` must be a bool tensor of the shape of `t`, {tuple(t.shape)}, got "
-            f"{mask.dtype} of {tuple(mask.shape)}"
+            f"`mask` must be a bool tensor of the shape of `t`, {tuple(t.shape)}, got {got}"
         )
     mask = mask.to(t.device)
     if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):

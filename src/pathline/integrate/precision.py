@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 
 from ..errors import ArgumentError, SolveError
 from .captured import Captured, sequence_number
+from .checkpoint import Randomness
 from .dense import Scalar, combine, linear
 from .explicit import RungeKutta
 from .fixed import FixedMarch
@@ -33,10 +34,6 @@ from .tableaus import Tableau
 ONCE = (
     "a solve under torch.autocast can be differentiated once, and not by torch.func; use "
     'gradient="checkpoint", or solve under torch.autocast(enabled=False)'
-)
-RANDOM = (
-    "the velocity draws random numbers, so its steps can't be run again; draw them before the "
-    "solve, or solve under torch.autocast(enabled=False)"
 )
 
 
@@ -98,10 +95,6 @@ def _refused(what: str) -> ArgumentError:
         f'under torch.autocast, gradient="discrete" handles {what}; use gradient="checkpoint", or '
         "solve under torch.autocast(enabled=False)"
     )
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _times(march: FixedMarch, timed: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -201,7 +194,7 @@ class LowPrecision:
     def forward(self, z: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """The states at the wanted nodes, and those stored for the backward pass."""
         grid, watch = self.march.grid, self.march.watch
-        random = _random_state(z.device) if self.keep else None
+        random = Randomness(z.device) if self.keep else None
         stored = z.new_empty((len(grid), *z.shape), dtype=self.low) if self.keep else None
         zs, wanted = [], set(self.wanted)
         for n in range(len(grid)):
@@ -212,8 +205,8 @@ class LowPrecision:
             z = combine(z, (1.0,), (self.increment(y, ts, dt).to(z.dtype),), dt)
             if n + 1 in wanted:
                 zs.append(z)
-        if random is not None and not torch.equal(random, _random_state(z.device)):
-            raise ArgumentError(RANDOM)
+        if random is not None:
+            random.check()
         return zs, stored
 
     def backward(

@@ -25,6 +25,7 @@ from .checkpoint import autocast_now
 from .field import Field
 from .fixed import FixedMarch, State
 from .grid import Grid
+from .options import transformed
 from .quadrature import Rates
 from .structured import Carry, Reversible
 
@@ -63,7 +64,7 @@ def solve_reversible(
             'option "perturb" does not go with gradient="reversible", whose steps share the slope '
             'at a node; use gradient="discrete" or "checkpoint"'
         )
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         raise SolveError(ONCE.format("reversible"))
     outputs: list[tuple[Tensor, Rates]] = [(z0, ())]
     if any(len(shares) for shares in march.inside):
