@@ -20,7 +20,7 @@ PACKAGES = (
     *("pathline", "pathline.flows", "pathline.control", "pathline.integrate", "pathline.nets"),
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
-    "pathline.report",
+    *("pathline.report", "pathline.compat.torchdiffeq"),
 )
 COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce")
 # Flags of other programs that the pages name.
@@ -142,7 +142,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/start.md", "docs/add.md"])
+RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq")
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in RUNNING)])
 def test_python_of_a_page_runs(name, folder, capsys):
     exec(compile("\n".join(blocks(ROOT / name, "python")), name, "exec"), {"__name__": name})
 

@@ -36,8 +36,20 @@ def test_custom_table(monkeypatch):
     assert 1340 < minute.max() < 1439.5
 
 
+def test_gradient(monkeypatch):
+    found = run("plot_gradient.py", monkeypatch)
+    # Against central differences in double precision, and analytic derivatives of the integral.
+    assert all(errors["discrete"] < 1e-6 for errors in found["checks"].values())
+    for name in ("decay", "decay, dopri5", "relu"):
+        assert found["checks"][name]["adjoint"] > 0.1
+    start, slope = 0.02, 0.0004
+    fine = next(row for row in found["rows"] if row[:2] == ("u' = -50 u", 400))
+    assert fine[3:5] == (pytest.approx(start, rel=1e-5), pytest.approx(slope, rel=1e-5))
+    assert found["exact"](-50.0) == (pytest.approx(start), pytest.approx(slope))
+
+
 def test_every_example_is_tested():
-    tested = {"plot_density.py", "plot_custom_table.py"}
+    tested = {"plot_density.py", "plot_custom_table.py", "plot_gradient.py"}
     assert {name for name in os.listdir(EXAMPLES) if name.endswith(".py")} == tested
 
 

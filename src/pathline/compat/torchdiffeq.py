@@ -21,7 +21,7 @@ from ..integrate.solve import solve
 __version__ = "0.2.5"  # the release whose calls and results are followed
 
 _METHODS = {"rk4": METHODS["rk4_38"]}
-_DEFAULTS = {"beta": 0.0, "max_num_steps": 2**31 - 1}
+_DEFAULTS = {"beta": 0.0, "max_num_steps": 2**31 - 1, "limit_per_output": True}
 
 
 class SolveAssertion(SolveError, AssertionError):

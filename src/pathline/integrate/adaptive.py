@@ -42,6 +42,7 @@ class Control:
     ifactor: float = 10.0
     dfactor: float = 0.2
     beta: float = 0.04
+    limit_per_output: bool = False  # `max_num_steps` counts from one output to the next
     step_t: Sequence[float] = field(default=())
     jump_t: Sequence[float] = field(default=())
 
@@ -136,7 +137,8 @@ class Clock:
             pairs = zip(offsets, ts, strict=True)
             ts = tuple(self._nudged(t, inward[c]) if inward.get(c) else t for c, t in pairs)
         last_t = self.tensor(end if stop is None else stop)
-        return Leg(self.now, end, dt, ts, stop, last_t, jump, self._shares(end, stop))
+        origin = self.now if self.moving is None else self.moving
+        return Leg(self.now, origin, end, dt, ts, stop, last_t, jump, self._shares(end, stop))
 
     def _shares(self, end: float, stop: Tensor | None) -> list[Scalar | None]:
         """The shares of the step to `end` at which output is wanted, None for its end."""
@@ -165,6 +167,7 @@ class Leg:
     """One step in time."""
 
     start: float
+    origin: Scalar  # the start, a tensor where times are differentiated
     end: float
     dt: Scalar
     ts: Sequence[Tensor]  # of the stages
@@ -226,7 +229,7 @@ class AdaptiveMarch:
         self.last = (clock.now, z)
         stops, jumps = self._stops(clock), set(control.jump_t)
         h = self._first_step(clock, state) if stops else 0.0
-        before, jumped = 1e-4, False
+        before, jumped, spent = 1e-4, False, 0
         while stops:
             h = min(max(h, control.min_step), control.max_step)
             gap = abs(stops[0] - clock.now)
@@ -236,9 +239,10 @@ class AdaptiveMarch:
             if end == clock.now:
                 self._stop(Status.STEP_TOO_SMALL, clock.now, state, None)
                 break
-            if counts.accepted + counts.rejected >= control.max_num_steps:
+            if spent >= control.max_num_steps:
                 self._stop(Status.STEP_LIMIT, clock.now, state, None)
                 break
+            spent += 1
             jump = landing and end in jumps
             leg = clock.leg(end, method.offsets, landing=landing, jumped=jumped, jump=jump)
             self._tell("callback_step", leg, state)
@@ -250,10 +254,13 @@ class AdaptiveMarch:
                     ratio = control.ratio(method.error(state.z, step, leg.dt), state.z, step.z)
             except NotConverged:
                 step, ratio = None, nan
-            if step is not None and isfinite(ratio) and (ratio <= 1 or length <= control.min_step):
+            least = min(h, length) <= control.min_step
+            if step is not None and isfinite(ratio) and (ratio <= 1 or least):
                 self.trial = (leg, state, step)
                 self._tell("callback_accept_step", leg, state)
                 clock.advance(leg)
+                if leg.shares and control.limit_per_output:
+                    spent = 0
                 state, outs, at = self._finish(state, step, leg)
                 if recorder is not None:
                     recorder.close(partial(self._replay, leg))
@@ -262,7 +269,7 @@ class AdaptiveMarch:
                 counts.last_step = end - leg.start
                 self.last = (end, state.z)
                 if self.dense or self.watch is not None:
-                    piece = Piece(leg.start, leg.dt, at)
+                    piece = Piece(leg.origin, leg.dt, at)
                     if self.dense:
                         self.pieces.append(piece)
                     if self.watch is not None and self.watch(piece, state.z):
@@ -278,7 +285,7 @@ class AdaptiveMarch:
                 self._tell("callback_reject_step", leg, state)
                 counts.rejected += 1
                 h = length * control.factor(ratio, 1.0, method.order)
-                if h < 8 * ulp(clock.now) or length <= control.min_step:
+                if h < 8 * ulp(clock.now) or least:
                     self._stop(self._kind(step, ratio), clock.now, state, (leg, step))
                     break
         return outputs
@@ -391,6 +398,7 @@ class AdaptiveMarch:
             leg, step = trial
             for time, slope in zip(leg.ts, step.slopes, strict=True):
                 if not torch.isfinite(slope).all():
-                    t, sample = float(time), first_not_finite(slope)
+                    t = float(time.detach())
+                    sample = first_not_finite(self.field.layout.leaves(slope))
                     break
         self.halt = Halt(status, t, state.z, sample)

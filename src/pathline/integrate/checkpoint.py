@@ -10,7 +10,7 @@ Source: Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26, 2000 (binomia
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil, comb
 from typing import Any
@@ -192,6 +192,13 @@ class Checkpoint:
         self._store(n, self.attempt)
         self.attempt = None
         self.live.clear()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is computed within is no part of the step under way, and is not run again."""
+        attempt, self.attempt = self.attempt, None
+        yield
+        self.attempt = attempt
 
     @property
     def plan(self) -> Plan:

@@ -8,6 +8,16 @@ from torch import Tensor
 Scalar = float | Tensor
 
 
+def as_float(x: Scalar) -> float:
+    """The number, without its graph."""
+    return float(x.detach()) if isinstance(x, Tensor) else x
+
+
+def at_end(x: Scalar) -> bool:
+    """Whether the share x of a step is its end, and not a time whose gradient is wanted."""
+    return not isinstance(x, Tensor) and x == 1.0
+
+
 Plan = tuple[int, float, tuple[tuple[int, float], ...]]
 _PLANS: dict[tuple[float, ...], Plan] = {}  # by weights, of which there are few
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dense import as_float
 from .field import Field, real_dtype
 from .grid import time_dtype
 from .solution import Piece
@@ -51,7 +52,7 @@ class Event:
             if float(self.value(end, z)) > 0:
                 return False
             low, high = 0.0, 1.0
-            length = abs(float(piece.dt))
+            length = abs(as_float(piece.dt))
             halvings = max(1, ceil(log2(max(length / self.tolerance, 2.0))))
             for _ in range(min(halvings, 60)):
                 x = 0.5 * (low + high)

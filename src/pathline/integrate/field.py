@@ -77,11 +77,14 @@ class Field:
         ArgumentError: it returns another dtype, device or structure than the state's.
     """
 
-    def __init__(self, func: Velocity, layout: Layout, *, cast: bool = False) -> None:
+    def __init__(
+        self, func: Velocity, layout: Layout, *, cast: bool = False, lenient: bool = False
+    ) -> None:
         self.func = func
         self.layout = layout
         self.plain = layout.plain
         self.cast = cast  # to the dtype of the state: under autocast the velocity has less
+        self.lenient = lenient  # cast what comes in another dtype
         self.evaluations = 0
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class Field:
 
     def _mended(self, dz: Tensor, z: Tensor) -> Tensor:
         """The slope in the dtype of the state, where that loses nothing or was asked for."""
-        if self.cast or dz.dtype == real_dtype(z):
+        if self.cast or self.lenient or dz.dtype == real_dtype(z):
             dz = dz.to(z.dtype)
         if dz.shape != z.shape:
             raise ShapeError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .dense import Scalar, cubic, linear
+from .dense import Scalar, at_end, cubic, linear
 from .explicit import Step
 from .field import Field
 from .grid import Grid
@@ -79,7 +79,7 @@ class FixedMarch:
         self.sloped = (
             dense
             or quadrature is not None
-            or (self.cubic and any(x != 1.0 for shares in inside for x in shares))
+            or (self.cubic and not all(at_end(x) for shares in inside for x in shares))
         )
 
     def begin(self, z: Tensor) -> State:
@@ -101,7 +101,7 @@ class FixedMarch:
         if not self.sloped:
             after = State(step.z, step.carry, (), (), ())
             return after, [
-                (step.z if x == 1.0 else linear(x, z, step.z), ()) for x in self.inside[n]
+                (step.z if at_end(x) else linear(x, z, step.z), ()) for x in self.inside[n]
             ]
         t = self.grid.ends[n + 1]
         slope_next, rates_next = self._slope(t, step.z, step.carry)
@@ -121,7 +121,7 @@ class FixedMarch:
                 )
         outs = []
         for x in self.inside[n]:
-            if x == 1.0:
+            if at_end(x):
                 outs.append((step.z, sums_next))
             else:
                 outs.append(
@@ -147,7 +147,7 @@ class FixedMarch:
                 else:
                     after, outs = recorder.call(partial(self.step, n), state)
             except NotConverged:
-                t = float(self.grid.nodes[..., n].min())
+                t = float(self.grid.nodes[n].detach().min())
                 self.halt = Halt(Status.NOT_CONVERGED, t, state.z)
                 break
             if self.dense:

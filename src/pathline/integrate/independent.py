@@ -1,32 +1,77 @@
 """The adaptive march in which each sample has its own times and its own steps."""
 
+from contextlib import nullcontext
 from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .adaptive import Control, interpolates
 from .dense import Scalar, combine
 from .explicit import Step
 from .field import Field, real_dtype
-from .grid import beside
+from .grid import beside, time_dtype
 from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Statistics, Status
 
 Candidate = tuple[int, Tensor, Tensor, Rates]  # output, samples that are there, z, integrals
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 def sample_rms(z: Tensor) -> Tensor:
     """The root mean square of each sample's entries, (batch,)."""
     squares = z.abs().square()
     return (squares.flatten(1).mean(1) if z.ndim > 1 else squares).sqrt()
+
+
+class Clocks:
+    """The times of all samples, and where output is wanted from each.
+
+    Args:
+        t: (batch, times); the times may be differentiated.
+        lands: steps end at every output, and not only at the last time.
+    """
+
+    def __init__(self, t: Tensor, *, lands: bool) -> None:
+        self.t, self.times, self.lands = t, t.detach(), lands
+        self.node, self.now = t[:, 0], self.times[:, 0]  # with and without a graph
+        self.ends = self.times[:, -1]
+        self.sign = torch.where(self.ends < self.now, -1.0, 1.0).to(self.times)
+        self.stop, self.stop_t = self.ends, t[:, -1]
+
+    def propose(self, h: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Signed step lengths, and which of them land; a sample that rests stays where it is."""
+        if self.lands:
+            ahead = ((self.times - self.now[:, None]) * self.sign[:, None] > 0).to(torch.uint8)
+            following = ahead.argmax(1, keepdim=True)
+            self.stop = self.times.gather(1, following)[:, 0]
+            self.stop_t = self.t.gather(1, following)[:, 0]
+        landing = h >= (self.stop - self.now).abs() * (1 - 1e-10)
+        length = torch.where(landing, self.stop_t - self.node, self.sign * h)
+        return torch.where(active, length, 0.0), landing
+
+    def advance(
+        self, length: Tensor, landing: Tensor, h: Tensor, good: Tensor
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """Moves the good samples on; the outputs passed, by which samples, at which shares."""
+        arrived = torch.where(landing, self.stop, self.now + self.sign * h)
+        passed = (self.times - self.now[:, None]) * self.sign[:, None] > 0
+        reached = (arrived[:, None] - self.times) * self.sign[:, None] >= 0
+        hits = passed & reached & good[:, None]
+        shares = []
+        for j in hits.any(0).nonzero().flatten().tolist():
+            there = hits[:, j]
+            gone = (self.t[:, j] - self.node) / torch.where(there, length, 1.0)
+            shares.append((j, there, torch.where(there, gone, 0.0)))
+        ahead = torch.where(landing, self.stop_t, self.node + self.sign * h)
+        self.node = torch.where(good, ahead, self.node)
+        self.now = torch.where(good, arrived, self.now)
+        return shares
+
+    def stuck(self, h: Tensor) -> Tensor:
+        """Which steps are below the resolution of time."""
+        return h <= 8 * torch.finfo(h.dtype).eps * self.now.abs().clamp_min(1e-300)
 
 
 class IndependentMarch:
@@ -76,104 +121,102 @@ class IndependentMarch:
 
     def _march(self, z: Tensor, t: Tensor, times: Tensor, recorder: Any) -> list[Candidate]:
         control, method, real = self.control, self.method, real_dtype(z)
-        node, now = t[:, 0], times[:, 0]
-        ends = times[:, -1]
-        sign = torch.where(ends < now, -1.0, 1.0).to(times)
-        begin = partial(self._begin, beside(node.to(real), z))
+        # What a recorder keeps must not hold the states of this march, or none is ever freed.
+        again = IndependentMarch(method, self.field, control, self.quadrature)
+        begin = partial(again._begin, beside(t[:, 0].to(real), z))
         state = (begin((z,)) if recorder is None else recorder.call(begin, (z,)))[0]
         self._zeros = state[2]
-        active = now != ends
-        h = self._first_steps(now, sign, state[0].detach(), state[1].detach())
+        clocks = Clocks(t, lands=not interpolates(method.tableau))
+        h = self._first_steps(clocks.now, clocks.sign, state[0].detach(), state[1].detach())
         before = torch.full_like(h, 1e-4)
-        accepted = torch.zeros_like(now, dtype=torch.long)
-        rejected = accepted.clone()
-        status = torch.full_like(accepted, Status.SUCCESS)
-        last_step = torch.zeros_like(now)
+        accepted = torch.zeros_like(h, dtype=torch.long)
+        rejected, status = accepted.clone(), torch.full_like(accepted, Status.SUCCESS)
+        last_step = torch.zeros_like(h)
         candidates: list[Candidate] = []
-        landing_on_outputs = not interpolates(method.tableau)
-        stop, stop_t = ends, t[:, -1]
+        active = clocks.now != clocks.ends
         while bool(active.any()):
             h = h.clamp(control.min_step, control.max_step)
-            if landing_on_outputs:
-                passed = ((times - now[:, None]) * sign[:, None] > 0).to(torch.uint8)
-                following = passed.argmax(1, keepdim=True)
-                stop, stop_t = times.gather(1, following)[:, 0], t.gather(1, following)[:, 0]
-            landing = h >= (stop - now).abs() * (1 - 1e-10)
-            length = torch.where(landing, stop_t - node, sign * h)
-            length = torch.where(active, length, 0.0)  # a sample that rests stays where it is
+            length, landing = clocks.propose(h, active)
             tried, start = length.detach().abs(), state[0]
-            dt = beside(length.to(real), z)
-            ts = self._stages(node, length, real, z)
+            ts, dt = self._stages(clocks.node, length, z), beside(length.to(real), z)
             if recorder is not None:
                 recorder.open(state)
-            try:
-                step = method.step(self.field, ts, dt, state[0], (state[1],))
-                with torch.no_grad():
-                    error = method.error(state[0], step, dt)
-                    scale = torch.maximum(state[0].abs(), step.z.abs())
-                    scale = scale.mul_(control.rtol).add_(control.atol)
-                    ratio = sample_rms(error / scale).to(now)
-            except NotConverged:
-                ratio = torch.full_like(now, torch.nan)
+            step, ratio = self._attempt(ts, dt, state)
             finite = torch.isfinite(ratio)
             good = active & finite & ((ratio <= 1) | (h <= control.min_step))
-            if bool(good.any()):
+            if step is None or not bool(good.any()):
+                if recorder is not None:
+                    recorder.drop()
+            else:
                 if not bool(finite[active].all()):
                     # What is not finite must not enter the graph, not even behind a mask.
                     if recorder is not None:
                         recorder.drop()
                     length = torch.where(good, length, 0.0)
-                    dt, ts = beside(length.to(real), z), self._stages(node, length, real, z)
+                    ts, dt = self._stages(clocks.node, length, z), beside(length.to(real), z)
                     if recorder is not None:
                         recorder.open(state)
                     step = method.step(self.field, ts, dt, state[0], (state[1],))
-                arrived = torch.where(landing, stop, now + sign * h)
-                inside = self._outputs(times, now, arrived, sign, good)
                 # Times that are differentiated are no part of what a recorder runs again.
-                with saved_tensors_hooks(_same, _same):
-                    shares = [(j, at, self._share(t, j, node, length, at)) for j, at in inside]
-                    ahead = torch.where(landing, stop_t, node + sign * h)
-                    node_next = torch.where(good, ahead, node)
-                finish = partial(self._finish, ts, dt, beside(node_next.to(real), z), good, shares)
+                with nullcontext() if recorder is None else recorder.aside():
+                    shares = clocks.advance(length, landing, h, good)
+                    end = beside(clocks.node.to(real), z)
+                finish = partial(again._finish, ts, dt, end, good, shares)
                 state, outs = finish(state, step)
                 if recorder is not None:
-                    recorder.close(partial(self._replay, ts, dt, finish))
+                    recorder.close(partial(again._replay, ts, dt, finish))
                 candidates += outs
                 last_step = torch.where(good, length.detach(), last_step)
-                now, node = torch.where(good, arrived, now), node_next
-            elif recorder is not None:
-                recorder.drop()
             accepted += good
             rejected += active & ~good
-            factor = self._factor(ratio, before)
-            # Only the size of the last step, cut short at the end, says nothing of the next.
-            wish = tried * factor
+            wish = tried * self._factor(ratio, before)
+            # The last step, cut short at a time to land on, says nothing of the next.
             wish = torch.where(landing & good, torch.maximum(wish, h), wish)
             h = torch.where(active, wish, h)
             before = torch.where(good, ratio.clamp_min(1e-4), before)
-            active = active & (now != ends)
-            stuck = active & (h <= 8 * torch.finfo(h.dtype).eps * now.abs().clamp_min(1e-300))
-            tiny = active & ~good & ((h <= control.min_step) | (h < 1e-300))
+            active = active & (clocks.now != clocks.ends)
+            stuck = active & clocks.stuck(h) | active & ~good & (h <= control.min_step)
             spent = active & (accepted + rejected >= control.max_num_steps)
-            for kind, which in ((Status.STEP_TOO_SMALL, stuck | tiny), (Status.STEP_LIMIT, spent)):
+            for kind, which in ((Status.STEP_TOO_SMALL, stuck), (Status.STEP_LIMIT, spent)):
                 if bool(which.any()):
-                    status = torch.where(which, int(kind), status)
-                    if kind is Status.STEP_LIMIT and bool((finite & which).any()):
-                        stiff = which & finite & (self._stiffness(start, step, dt) > 2.0)
-                        status = torch.where(stiff, int(Status.STIFF), status)
-                    if self._too_tight(z):
-                        status = torch.where(which, int(Status.TOLERANCE), status)
-                    status = torch.where(which & ~finite, int(Status.NOT_FINITE), status)
+                    kinds = self._kinds(kind, finite, start, step, length)
+                    status = torch.where(which, kinds, status)
                     for i in which.nonzero().flatten().tolist():
-                        self.halts.append(
-                            Halt(Status(int(status[i])), float(now[i]), state[0][i], sample=i)
-                        )
+                        why = Status(int(status[i]))
+                        self.halts.append(Halt(why, float(clocks.now[i]), state[0][i], sample=i))
                     active = active & ~which
         self.status = status
-        self.last = (now, state[0])
+        self.last = (clocks.now, state[0])
         self.statistics.accepted, self.statistics.rejected = accepted, rejected
         self.statistics.last_step = last_step
         return candidates
+
+    def _attempt(
+        self, ts: tuple[Tensor, ...], dt: Tensor, state: Any
+    ) -> tuple[Step | None, Tensor]:
+        """One step of every sample, and its errors in units of the tolerance, (batch,)."""
+        z, slope = state[:2]
+        try:
+            step = self.method.step(self.field, ts, dt, z, (slope,))
+        except NotConverged:
+            return None, dt.new_full((len(z),), torch.nan, dtype=time_dtype(z.device))
+        with torch.no_grad():
+            error = self.method.error(z, step, dt)
+            scale = torch.maximum(z.abs(), step.z.abs())
+            scale = scale.mul_(self.control.rtol).add_(self.control.atol)
+            return step, sample_rms(error / scale).to(time_dtype(z.device))
+
+    def _kinds(
+        self, kind: Status, finite: Tensor, z: Tensor, step: Step | None, length: Tensor
+    ) -> Tensor:
+        """Why each sample would stop here, if it does."""
+        kinds = torch.full_like(finite, int(kind), dtype=torch.long)
+        if kind is Status.STEP_LIMIT and step is not None:
+            dt = beside(length.detach().to(real_dtype(z)), z)
+            kinds = torch.where(self._stiffness(z, step, dt) > 2.0, int(Status.STIFF), kinds)
+        if float(torch.as_tensor(self.control.rtol).min()) < 10 * torch.finfo(z.dtype).eps:
+            kinds = torch.full_like(kinds, int(Status.TOLERANCE))
+        return torch.where(finite, kinds, int(Status.NOT_FINITE))
 
     def _stiffness(self, z: Tensor, step: Step, dt: Tensor) -> Tensor:
         """As `AdaptiveMarch.stiffness`, of each sample."""
@@ -187,9 +230,6 @@ class IndependentMarch:
             change = (step.slopes[-1] - step.slopes[-2]).abs().reshape(len(z), -1).amax(1)
             return dt.abs().flatten() * change / apart.clamp_min(1e-300)
 
-    def _too_tight(self, z: Tensor) -> bool:
-        return float(torch.as_tensor(self.control.rtol).min()) < 10 * torch.finfo(z.dtype).eps
-
     def _begin(self, t: Tensor, state: tuple[Tensor]) -> tuple[Any, None]:
         (z,) = state
         slope, rates = self._slope(t, z, None)
@@ -200,10 +240,9 @@ class IndependentMarch:
             return self.quadrature.at(t, z, known)
         return (self.field(t, z) if known is None else known), ()
 
-    def _stages(
-        self, node: Tensor, length: Tensor, real: torch.dtype, z: Tensor
-    ) -> tuple[Tensor, ...]:
-        return tuple(beside((node + c * length).to(real), z) for c in self.method.offsets)
+    def _stages(self, node: Tensor, length: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        offsets, real = self.method.offsets, real_dtype(z)
+        return tuple(beside((node + c * length).to(real), z) for c in offsets)
 
     def _finish(
         self,
@@ -250,22 +289,6 @@ class IndependentMarch:
 
     def _replay(self, ts: tuple[Tensor, ...], dt: Tensor, finish: Any, state: Any) -> Any:
         return finish(state, self.method.step(self.field, ts, dt, state[0], (state[1],)))
-
-    @staticmethod
-    def _outputs(
-        times: Tensor, now: Tensor, arrived: Tensor, sign: Tensor, good: Tensor
-    ) -> list[tuple[int, Tensor]]:
-        """The outputs that lie in this step of some samples, with those samples."""
-        passed = (times - now[:, None]) * sign[:, None] > 0
-        reached = (arrived[:, None] - times) * sign[:, None] >= 0
-        hits = passed & reached & good[:, None]
-        columns = hits.any(0).nonzero().flatten().tolist()
-        return [(j, hits[:, j]) for j in columns]
-
-    @staticmethod
-    def _share(t: Tensor, j: int, node: Tensor, length: Tensor, there: Tensor) -> Tensor:
-        safe = torch.where(there, length, 1.0)
-        return torch.where(there, (t[:, j] - node) / safe, 0.0)
 
     def _factor(self, ratio: Tensor, before: Tensor) -> Tensor:
         control = self.control

@@ -22,14 +22,14 @@ def fixed_nodes(given: Setup) -> tuple[Tensor, list[list[Scalar]]]:
         raise ArgumentError("give option `step_size` or `grid_constructor`, not both")
     t = given.t
     if step_size is None and make is None:
-        return t, [[1.0]] * (t.shape[-1] - 1)
+        return t.T if t.ndim == 2 else t, [[1.0]] * (t.shape[-1] - 1)
     if given.traced:
         raise ArgumentError(
             "a compiled solve takes one step between neighbouring times: list all times in "
             "`t` in place of option `step_size` or `grid_constructor`"
         )
     if t.shape[-1] == 1:
-        return t, []
+        return t.T if t.ndim == 2 else t, []
     if t.ndim == 2:
         if make is not None:
             raise ArgumentError("option `grid_constructor` needs times of shape (times,)")
@@ -57,17 +57,18 @@ def _equal_steps(t: Tensor, h: float) -> Tensor:
 
 def _cut(t: Tensor, h: float) -> tuple[Tensor, list[list[Scalar]]]:
     """Each sample's intervals cut into equally many steps, none longer than h."""
-    pieces = [t[:, :1]]
+    nodes = [t[:, 0]]
     inside: list[list[Scalar]] = []
     for a, b in zip(t.T[:-1], t.T[1:], strict=True):
-        count = max(1, ceil(float((b - a).abs().max()) / h * (1 - 1e-9)))
-        shares = torch.arange(1, count + 1, dtype=t.dtype, device=t.device) / count
-        pieces.append(a[:, None] + (b - a)[:, None] * shares)
+        count = max(1, ceil(float((b - a).detach().abs().max()) / h * (1 - 1e-9)))
+        nodes += [a + (b - a) * (i / count) for i in range(1, count)]
+        nodes.append(b)
         inside += [[]] * (count - 1) + [[1.0]]
-    return torch.cat(pieces, 1), inside
+    return torch.stack(nodes), inside
 
 
 def _inside(nodes: Tensor, t: Tensor) -> list[list[Scalar]]:
+    """For each step, where in it (0 to 1) the times t[1:] lie; a time at its end is 1.0."""
     times, ends = t.tolist(), nodes.tolist()
     sign = 1.0 if ends[-1] > ends[0] else -1.0
     inside: list[list[Scalar]] = [[] for _ in ends[1:]]
@@ -78,10 +79,10 @@ def _inside(nodes: Tensor, t: Tensor) -> list[list[Scalar]]:
         ):
             n += 1
         length = ends[n + 1] - ends[n]
-        if abs(times[j] - ends[n + 1]) <= 1e-6 * abs(length):
-            inside[n].append(1.0)
-        elif t.requires_grad:
+        if t.requires_grad and j < len(times) - 1:
             inside[n].append((t[j] - nodes[n]) / (nodes[n + 1] - nodes[n]))
+        elif abs(times[j] - ends[n + 1]) <= 1e-6 * abs(length):
+            inside[n].append(1.0)
         else:
             inside[n].append((times[j] - ends[n]) / length)
     return inside

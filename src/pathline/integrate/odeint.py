@@ -9,6 +9,7 @@ from .adjoint import AdjointSpec
 from .field import Velocity
 from .setup import Request
 from .solve import solve
+from .tableaus import Tableau
 
 
 def odeint(
@@ -18,7 +19,7 @@ def odeint(
     *,
     rtol: float | Tensor | Sequence[Any] = 1e-7,
     atol: float | Tensor | Sequence[Any] = 1e-9,
-    method: str | None = "dopri5",
+    method: str | Tableau | None = "dopri5",
     options: Mapping[str, Any] | None = None,
     event_fn: Callable[[Tensor, Any], Tensor] | None = None,
     gradient: str = "discrete",
@@ -47,7 +48,7 @@ def odeint(
             then `func` gets `t` of shape (batch, 1, ..., 1), which broadcasts against y.
         rtol, atol: bounds of the error of one step; numbers, tensors like `y0`, or one for each
             leaf of a tuple.
-        method: a name in `METHODS`, or "scipy_solver".
+        method: a name in `METHODS`, a `Tableau`, or "scipy_solver".
         options: of the method, by torchdiffeq's names. Fixed steps: `step_size`,
             `grid_constructor`, `perturb`, `interp`. Adaptive: `norm`, `first_step`, `min_step`,
             `max_step`, `max_num_steps`, `safety`, `ifactor`, `dfactor`, `beta` (weight of the

@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 from ..errors import ArgumentError, SolveError
 from .captured import Captured, sequence_number
 from .checkpoint import Randomness
-from .dense import Scalar, combine, linear
+from .dense import Scalar, at_end, combine, linear
 from .explicit import RungeKutta
 from .fixed import FixedMarch
 from .quadrature import Rates
@@ -86,7 +86,7 @@ def solve_low_precision(
     outputs: list[tuple[Tensor, Rates]] = [(z0, ())]
     for n, shares in enumerate(march.inside):
         for x in shares:
-            outputs.append((zs[n + 1] if x == 1.0 else linear(x, zs[n], zs[n + 1]), ()))
+            outputs.append((zs[n + 1] if at_end(x) else linear(x, zs[n], zs[n + 1]), ()))
     return outputs
 
 
@@ -161,7 +161,7 @@ class LowPrecision:
         nodes = {len(march.grid)}
         for n, shares in enumerate(march.inside):
             if shares:
-                nodes |= {n + 1} if all(x == 1.0 for x in shares) else {n, n + 1}
+                nodes |= {n + 1} if all(map(at_end, shares)) else {n, n + 1}
         self.wanted = sorted(nodes - {0})
 
     @contextmanager

@@ -12,6 +12,7 @@ from ..errors import ArgumentError, SolveError, SolveWarning, unknown
 from .adaptive import Control, rms
 from .adjoint import ONCE, AdjointSpec
 from .checkpoint import read_bytes
+from .dense import Scalar
 from .explicit import RungeKutta
 from .field import Field, Layout, Velocity
 from .implicit import ImplicitRungeKutta
@@ -28,10 +29,12 @@ from .options import (
     traced,
     transformed,
 )
+from .tableaus import Tableau
 
 GRADIENTS = ("discrete", "checkpoint", "reversible", "adjoint")
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 SCIPY = "scipy_solver"
+FIXED_FIELDS = {"tableau", "pair", "name", "implicit", "rtol", "atol"}  # of methods: no options
 
 
 def known(question: Callable[[], Tensor]) -> bool | None:
@@ -51,7 +54,7 @@ class Request:
     t: Any
     rtol: Any = 1e-7
     atol: Any = 1e-9
-    method: str | None = "dopri5"
+    method: str | Tableau | None = "dopri5"
     options: Mapping[str, Any] | None = None
     event_fn: Callable[[Tensor, Any], Tensor] | None = None
     gradient: str = "discrete"
@@ -98,7 +101,7 @@ class Setup:
             raise ArgumentError("`rtol` and `atol` must not both be zero")
         self._pass_tolerances()
         autocast = torch.is_autocast_enabled(self.z0.device.type)
-        self.velocity = Field(request.func, self.layout, cast=autocast or request.lenient)
+        self.velocity = Field(request.func, self.layout, cast=autocast, lenient=request.lenient)
         self.low = (
             autocast
             and not self.adaptive
@@ -152,21 +155,58 @@ class Setup:
         if request.segments is not None and request.segments < 1:
             raise ArgumentError(f"`segments` must be at least 1, got {request.segments}")
         self.memory = None if request.memory is None else read_bytes(request.memory)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuses what would be ignored."""
+        request, adjoint = self.request, self.request.adjoint
+        backward = (adjoint.rtol, adjoint.atol, adjoint.method, adjoint.options)
+        if request.gradient != "adjoint" and any(value is not None for value in backward):
+            raise ArgumentError(
+                "`adjoint_rtol`, `adjoint_atol`, `adjoint_method` and `adjoint_options` go with "
+                'gradient="adjoint" only'
+            )
+        if adjoint.method is not None and adjoint.method not in {**METHODS, **request.methods}:
+            raise ArgumentError(unknown("`adjoint_method`", str(adjoint.method), METHODS))
+        if request.event_fn is not None:
+            if request.method == SCIPY or request.batch == "independent":
+                raise ArgumentError(
+                    '`event_fn` goes neither with method "scipy_solver" nor with '
+                    'batch="independent"'
+                )
+            if request.quadrature is not None or request.gradient in ("checkpoint", "reversible"):
+                raise ArgumentError(
+                    '`event_fn` goes with gradient="discrete" or "adjoint", without `quadrature`'
+                )
+        if request.method == SCIPY and (
+            request.quadrature is not None
+            or request.gradient != "discrete"
+            or getattr(request.t, "ndim", 1) != 1
+        ):
+            raise ArgumentError(
+                'method "scipy_solver" takes times of shape (times,), no `quadrature`, and has no '
+                "gradient"
+            )
 
     def _find_method(self) -> None:
         request = self.request
         self.options = dict(request.options or {})
         name = request.method or "dopri5"
-        table = {**METHODS, **request.methods}
+        table: dict[str, Any] = {**METHODS, **request.methods}
+        if isinstance(name, Tableau):
+            table = {name.name: RungeKutta(name) if name.explicit else ImplicitRungeKutta(name)}
+            name = name.name
         if name == SCIPY:
             self._check_options({"solver", "min_step", "max_step", "norm"}, name)
             return
         if name not in table:
             raise ArgumentError(unknown("`method`", str(name), [*table, SCIPY]))
         self.method = table[name]
-        gridded = "step_size" in self.options or "grid_constructor" in self.options
+        gridded = not request.lenient and bool(
+            {"step_size", "grid_constructor"} & set(self.options)
+        )
         self.adaptive = bool(getattr(self.method, "adaptive", False)) and not gridded
-        own = {f.name for f in fields(self.method)} - {"tableau", "pair", "name"}
+        own = {f.name for f in fields(self.method)} - FIXED_FIELDS
         self._check_options((ADAPTIVE if self.adaptive else FIXED) | own, name)
         self.method = replace(
             self.method, **{key: value for key, value in self.options.items() if key in own}
@@ -254,5 +294,23 @@ def _both_zero(rtol: float | Tensor, atol: float | Tensor) -> bool:
 
 
 def _split(callback: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-    """The user's callback, who sees the state and not the tensor in which it lies."""
-    return lambda t, z, dt: callback(t, layout.split(z), dt)
+    """The user's callback, who sees the state, and the length of the step as a tensor."""
+
+    def split(t: Tensor, z: Tensor, dt: Scalar) -> Any:
+        length = torch.as_tensor(dt, dtype=t.dtype, device=t.device).abs()
+        return callback(t, layout.split(z), length)
+
+    return split
+
+
+def compilable(request: Request) -> bool:
+    """Whether the solve can be one graph: fixed steps and their own gradient."""
+    method = request.method
+    if isinstance(method, str):
+        method = {**METHODS, **request.methods}.get(method)
+    return (
+        method is not None
+        and not getattr(method, "adaptive", False)
+        and request.gradient == "discrete"
+        and request.event_fn is None
+    )

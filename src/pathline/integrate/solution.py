@@ -1,7 +1,7 @@
 """What a solve hands back, and how it says that it failed."""
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolveError
+from .dense import as_float
 
 
 class Status(IntEnum):
@@ -86,7 +87,7 @@ class Solution:
     plan: Any = None
     event: Tensor | None = None
     pieces: list[Piece] = field(default_factory=list, repr=False)
-    split: Callable[[Tensor], Any] = field(default=lambda z: z, repr=False)
+    split: Callable[[Tensor], Any] = field(default_factory=lambda: _same, repr=False)
     joined: Any = field(default=None, repr=False)  # the values in one tensor
 
     @property
@@ -121,8 +122,8 @@ class Solution:
     @cached_property
     def _ends(self) -> list[float]:
         """The ends of the steps, with the sign that makes them increase."""
-        ends = [float(piece.start) for piece in self.pieces]
-        ends.append(ends[-1] + float(self.pieces[-1].dt))
+        ends = [as_float(piece.start) for piece in self.pieces]
+        ends.append(ends[-1] + as_float(self.pieces[-1].dt))
         return ends if ends[-1] > ends[0] else [-end for end in ends]
 
     def dense(self, t: float | Tensor) -> Any:
@@ -137,7 +138,7 @@ class Solution:
                 "there is no dense output: no step was made, or samples have their own"
             )
         ends = self._ends
-        sign = 1.0 if float(self.pieces[0].dt) > 0 else -1.0
+        sign = 1.0 if as_float(self.pieces[0].dt) > 0 else -1.0
         slack = 1e-12 * (ends[-1] - ends[0])
         if not ends[0] - slack <= sign * float(t) <= ends[-1] + slack:
             span = sorted((sign * ends[0], sign * ends[-1]))
@@ -145,6 +146,10 @@ class Solution:
         n = min(max(bisect_right(ends, sign * float(t)) - 1, 0), len(self.pieces) - 1)
         share = (sign * float(t) - ends[n]) / (ends[n + 1] - ends[n])
         return self.split(self.pieces[n].at(min(max(share, 0.0), 1.0)))
+
+
+def _same(z: Tensor) -> Tensor:
+    return z
 
 
 class NotConverged(Exception):
@@ -166,10 +171,10 @@ class Halt:
         return f"at t = {self.t:.6g}{where}: {ADVICE[self.status]}"
 
 
-def first_not_finite(z: Tensor) -> int | None:
-    """The first sample (along the first axis) of `z` that is not finite; None without an axis."""
-    if z.ndim == 0:
-        return None
-    bad = ~torch.isfinite(z).flatten(1).all(1) if z.ndim > 1 else ~torch.isfinite(z)
-    found = bad.nonzero()
-    return int(found[0]) if len(found) else None
+def first_not_finite(leaves: Sequence[Tensor]) -> int | None:
+    """The first sample, along the first axis of the leaves, that is not finite; or None."""
+    found = []
+    for leaf in leaves:
+        if leaf.ndim:
+            found += (~torch.isfinite(leaf).reshape(len(leaf), -1).all(1)).nonzero()[:1].tolist()
+    return min(index for (index,) in found) if found else None

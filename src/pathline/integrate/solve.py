@@ -28,7 +28,7 @@ from .precision import solve_low_precision
 from .quadrature import Quadrature, Rate, Rates
 from .reversible import solve_reversible
 from .scipy_solver import solve_scipy
-from .setup import CALLBACKS, Request, Setup, known
+from .setup import CALLBACKS, Request, Setup, compilable, known
 from .solution import Halt, Solution, Statistics, Status, first_not_finite
 
 Outputs = list[tuple[Tensor, Rates]]
@@ -42,6 +42,8 @@ def solve(request: Request) -> Solution:
         ArgumentError, ShapeError: something makes no sense; before the second evaluation.
         SolveError: no event was found, or the strategy can't be differentiated this way.
     """
+    if torch.compiler.is_compiling() and not compilable(request):
+        return torch.compiler.disable(solve)(request)
     given = Setup(request)
     if request.event_fn is not None:
         return _until_event(given)
@@ -114,10 +116,12 @@ def _diagnose(given: Setup) -> tuple[Halt, Outputs]:
         for n in range(len(march.grid)):
             after, outs = march.step(n, state)
             if not torch.isfinite(after.z).all():
-                t = float(march.grid.nodes[..., n].min())
-                return Halt(Status.NOT_FINITE, t, state.z, first_not_finite(after.z)), outputs
+                t = float(march.grid.nodes[n].detach().min())
+                return Halt(
+                    Status.NOT_FINITE, t, state.z, first_not_finite(given.layout.leaves(after.z))
+                ), outputs
             state, outputs = after, outputs + outs
-    return Halt(Status.NOT_FINITE, float(march.grid.nodes.max()), state.z), outputs
+    return Halt(Status.NOT_FINITE, float(march.grid.nodes.detach().max()), state.z), outputs
 
 
 def _castable(captured: Captured) -> bool:
@@ -157,7 +161,9 @@ def _explained(given: Setup, halt: Halt, march: AdaptiveMarch) -> Halt:
     rtol = float(torch.as_tensor(given.rtol).min())
     if halt.status is Status.STEP_LIMIT and march.stiffness() > 2.0:
         return replace(halt, status=Status.STIFF)
-    if halt.status is Status.STEP_TOO_SMALL and rtol < 10 * torch.finfo(given.z0.dtype).eps:
+    grown = bool(halt.z.abs().max() > 1e6 * (1 + given.z0.abs().max()))
+    tight = rtol < 10 * torch.finfo(given.z0.dtype).eps
+    if halt.status is Status.STEP_TOO_SMALL and tight and not grown:
         return replace(halt, status=Status.TOLERANCE)
     return halt
 
@@ -260,13 +266,11 @@ def _solution(
 
 
 def _by_scipy(given: Setup) -> Solution:
-    if given.t.ndim != 1:
-        raise ArgumentError('method "scipy_solver" takes times of shape (times,) only')
     keys = ("solver", "min_step", "max_step")
     options = {key: given.options[key] for key in keys if key in given.options}
     zs = solve_scipy(given.velocity, given.z0, given.t, rtol=given.rtol, atol=given.atol, **options)
     outputs: Outputs = [(z, ()) for z in zs.unbind(0)]
-    return _solution(given, outputs, None, Statistics(given.velocity.evaluations), [])
+    return _solution(given, outputs, None, _counted(given, Statistics()), [])
 
 
 def _by_adjoint(given: Setup) -> Solution:
@@ -327,7 +331,10 @@ def _adjoint_odeint(given: Setup) -> Callable[..., Any]:
         back = replace(
             back, methods=request.methods, defaults=request.defaults, lenient=request.lenient
         )
-        return solve(back).or_raise().values
+        try:
+            return solve(back).or_raise().values
+        except SolveError as error:
+            raise SolveError(f"in the adjoint solve, backward in time: {error}") from None
 
     return backward
 
@@ -335,34 +342,35 @@ def _adjoint_odeint(given: Setup) -> Callable[..., Any]:
 def _until_event(given: Setup) -> Solution:
     request = given.request
     assert request.event_fn is not None
-    if given.method is None or given.independent or given.t.ndim != 1:
-        raise ArgumentError("`event_fn` takes neither scipy_solver nor samples of their own")
     tolerance = float(torch.as_tensor(given.atol).min())
     start = given.t[0].to(real_dtype(given.z0))
     event = Event(request.event_fn, given.velocity, start, given.z0, tolerance)
     if event.now:
-        return _event_solution(given, given.t[0], given.z0)
+        return _event_solution(given, given.t[0], given.z0, Statistics())
     with torch.set_grad_enabled(request.gradient != "adjoint" and torch.is_grad_enabled()):
-        halt = _step_until(given, event) if not given.adaptive else _adapt_until(given, event)
+        seek = _adapt_until if given.adaptive else _step_until
+        halt, statistics = seek(given, event)
     if event.found is None:
         if halt.status is Status.STEP_LIMIT:
             halt = replace(halt, status=Status.NO_EVENT)
-        raise SolveError(halt.words)
+        outputs: Outputs = [(given.z0, ())]
+        return _solution(given, outputs, None, _counted(given, statistics), [halt])
     t, z = event.found
     if request.gradient == "adjoint":
         times = torch.cat([given.t[:1], t.detach().reshape(1).to(given.t)])
         z = solve(replace(request, t=times, event_fn=None)).or_raise().joined[-1]
-    return _event_solution(given, *event.attach(t, z))
+    t, z = event.attach(t, z)
+    return _event_solution(given, t, z, _counted(given, statistics))
 
 
-def _adapt_until(given: Setup, event: Event) -> Halt:
+def _adapt_until(given: Setup, event: Event) -> tuple[Halt, Statistics]:
     march = _adaptive_march(given, None, event)
     away = torch.full_like(given.t[1:], inf if given.t[1] > given.t[0] else -inf)
     march.run(given.z0, torch.cat([given.t[:1], away]))
-    return march.halt or Halt(Status.NO_EVENT, *march.last)
+    return march.halt or Halt(Status.NO_EVENT, *march.last), march.statistics
 
 
-def _step_until(given: Setup, event: Event) -> Halt:
+def _step_until(given: Setup, event: Event) -> tuple[Halt, Statistics]:
     """Equal steps from t[0] until the event, laid out in parts."""
     if "step_size" not in given.options:
         raise ArgumentError("`event_fn` with a method of fixed steps needs option `step_size`")
@@ -382,12 +390,13 @@ def _step_until(given: Setup, event: Event) -> Halt:
         for n in range(part):
             after, _ = march.step(n, state)
             if event.watch(march.piece(n, state, after), after.z):
-                return Halt(Status.SUCCESS, 0.0, after.z)
+                return Halt(Status.SUCCESS, 0.0, after.z), Statistics(accepted=first + n + 1)
             state = after
-    return Halt(Status.NO_EVENT, float(march.grid.nodes[-1]), given.z0)
+    end = float(march.grid.nodes[-1].detach())
+    return Halt(Status.NO_EVENT, end, after.z), Statistics(accepted=EVENT_STEPS)
 
 
-def _event_solution(given: Setup, t: Tensor, z: Tensor) -> Solution:
+def _event_solution(given: Setup, t: Tensor, z: Tensor, statistics: Statistics) -> Solution:
     joined = torch.stack([given.z0, z])
     wanted = given.request.t
     t = t.to(wanted) if isinstance(wanted, Tensor) else t
@@ -396,8 +405,12 @@ def _event_solution(given: Setup, t: Tensor, z: Tensor) -> Solution:
         given.layout.split(joined),
         torch.tensor(0),
         [],
-        Statistics(given.velocity.evaluations),
+        statistics,
         (t.detach(), given.layout.split(z.detach())),
         event=t,
         joined=joined,
     )
+
+
+def _counted(given: Setup, statistics: Statistics) -> Statistics:
+    return replace(statistics, evaluations=given.velocity.evaluations)
