@@ -271,10 +271,12 @@ def interleaved(
 
 
 class Held:
-    """A tensor that autograd keeps."""
+    """A tensor that autograd keeps; without its graph, which would hold it in a cycle."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        origin = tensor if tensor._base is None else tensor._base
+        self.parameter = origin.is_leaf and origin.requires_grad
+        self.tensor = tensor.detach()
 
     def get(self) -> Tensor:
         return self.tensor
@@ -296,13 +298,9 @@ def kept_bytes(velocity: Velocity, y0: Tensor, t: Tensor, **call: Any) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, Held.get):
         result = pl.odeint(velocity, y0, t, **call)[-1]
-    sizes = {}
-    for x in (held.tensor for held in alive):
-        origin = x if x._base is None else x._base
-        if not (origin.is_leaf and origin.requires_grad):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    storages = [held.tensor.untyped_storage() for held in alive if not held.parameter]
     del result
-    return sum(sizes.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 # The tables

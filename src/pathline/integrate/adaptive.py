@@ -14,7 +14,7 @@ from .explicit import Step
 from .field import Field, real_dtype
 from .fixed import State
 from .grid import time_dtype
-from .quadrature import Quadrature, Rates, hermite_sums
+from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Piece, Statistics, Status, first_not_finite
 from .tableaus import Tableau
 
@@ -37,7 +37,7 @@ class Control:
     first_step: float | None = None
     min_step: float = 0.0
     max_step: float = inf
-    max_num_steps: int = 100_000
+    max_num_steps: float = 100_000
     safety: float = 0.9
     ifactor: float = 10.0
     dfactor: float = 0.2
@@ -77,7 +77,7 @@ def first_step(
     d0, d1 = float(control.norm(z / scale)), float(control.norm(f0 / scale))
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 or not isfinite(d1) else 0.01 * d0 / d1
     z1 = torch.add(z, f0, alpha=sign * h0)
-    f1 = march_field(torch.as_tensor(t + sign * h0).to(z.device, real_dtype(z)), z1)
+    f1 = march_field(torch.as_tensor(t + sign * h0, dtype=real_dtype(z), device=z.device), z1)
     d2 = float(control.norm((f1 - f0) / scale)) / h0
     if not isfinite(d2):
         return h0
@@ -107,7 +107,7 @@ class Clock:
 
     def tensor(self, t: float | Tensor, *, beyond: bool = False) -> Tensor:
         """The time in the dtype of the state, or the next one `beyond` it."""
-        t = torch.as_tensor(t).to(self.device, self.dtype)
+        t = torch.as_tensor(t, dtype=self.dtype, device=self.device)
         return self._nudged(t, self.sign) if beyond else t
 
     def _nudged(self, t: Tensor, sign: float) -> Tensor:
@@ -286,7 +286,7 @@ class AdaptiveMarch:
                 counts.rejected += 1
                 h = length * control.factor(ratio, 1.0, method.order)
                 if h < 8 * ulp(clock.now) or least:
-                    self._stop(self._kind(step, ratio), clock.now, state, (leg, step))
+                    self._stop(self._kind(step, ratio, leg, state), clock.now, state, (leg, step))
                     break
         return outputs
 
@@ -332,29 +332,24 @@ class AdaptiveMarch:
         def at(x: Scalar) -> Tensor:
             return self.method.between(x, state.z, ended, dt)
 
+        def inside(x: Scalar) -> tuple[Tensor, Tensor]:
+            return end - (1 - x) * dt, at(x)
+
         sums = state.sums
-        if self.quadrature is not None:
-            if self.quadrature.staged:
-                sums = self.quadrature.advance_staged(
-                    sums, state.rates, leg.ts, state.z, step.slopes, dt
-                )
-            else:
-                sums = self.quadrature.advance(
-                    sums,
-                    state.rates,
-                    rates,
-                    lambda x: (end - (1 - x) * dt, at(x)),
-                    dt,
-                )
-        outs = [
-            (step.z, sums)
-            if x is None
-            else (
-                at(x),
-                hermite_sums(x, state.sums, sums, state.rates, rates, dt),
+        if self.quadrature is not None and self.quadrature.staged:
+            sums = self.quadrature.advance_staged(
+                sums, state.rates, leg.ts, state.z, step.slopes, dt
             )
-            for x in leg.shares
-        ]
+        elif self.quadrature is not None:
+            sums = self.quadrature.advance(sums, state.rates, rates, inside, dt)
+        outs = []
+        for x in leg.shares:
+            if x is None:
+                outs.append((step.z, sums))
+            else:
+                until = self.quadrature.until if self.quadrature is not None else None
+                part = until(x, state.sums, state.rates, inside, dt) if until else ()
+                outs.append((at(x), part))
         return State(step.z, (slope,), (), sums, rates), outs, at
 
     def _replay(self, leg: Leg, state: State) -> Any:
@@ -368,11 +363,12 @@ class AdaptiveMarch:
             t, dt = state.z.new_tensor(leg.start), state.z.new_tensor(leg.end - leg.start)
             callback(t, state.z, dt)
 
-    @staticmethod
-    def _kind(step: Step | None, ratio: float) -> Status:
-        if step is None:
-            return Status.NOT_CONVERGED
-        return Status.STEP_TOO_SMALL if isfinite(ratio) else Status.NOT_FINITE
+    def _kind(self, step: Step | None, ratio: float, leg: Leg, state: State) -> Status:
+        """What made the last steps fail."""
+        if step is not None:
+            return Status.STEP_TOO_SMALL if isfinite(ratio) else Status.NOT_FINITE
+        finite = torch.isfinite(self.field(leg.last, state.z)).all()
+        return Status.STEP_TOO_SMALL if finite else Status.NOT_FINITE
 
     def stiffness(self) -> float:
         """dt times the Lipschitz constant seen by the last accepted step's last two stages.
@@ -396,7 +392,9 @@ class AdaptiveMarch:
         sample = None
         if trial is not None and status is Status.NOT_FINITE:
             leg, step = trial
-            for time, slope in zip(leg.ts, step.slopes, strict=True):
+            ends = [(leg.last, self.field(leg.last, state.z))]
+            pairs = ends if step is None else zip(leg.ts, step.slopes, strict=False)
+            for time, slope in pairs:
                 if not torch.isfinite(slope).all():
                     t = float(time.detach())
                     sample = first_not_finite(self.field.layout.leaves(slope))

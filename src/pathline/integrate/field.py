@@ -27,15 +27,20 @@ class Layout:
     where samples are kept apart, in the columns of a (batch, total) matrix.
 
     Raises:
-        ArgumentError: the state holds no tensor, or leaves of different batch sizes.
+        ArgumentError: the state holds no tensor, or leaves of different batch sizes, dtypes
+            (unless `lenient`) or devices.
     """
 
-    def __init__(self, state: Any, *, samples: bool = False) -> None:
+    def __init__(self, state: Any, *, samples: bool = False, lenient: bool = False) -> None:
         leaves, self.spec = pytree.tree_flatten(state)
         if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
             got = [type(leaf).__name__ for leaf in leaves]
             raise ArgumentError(f"`y0` must be a tensor or a pytree of tensors, got {got}")
+        kinds = {(leaf.dtype, leaf.device) for leaf in leaves}
+        if len(kinds) > 1 and not lenient:
+            raise ArgumentError(f"the tensors of `y0` must have one dtype and device, got {kinds}")
         self.plain = isinstance(state, Tensor)
+        self.skeleton = pytree.tree_map(lambda leaf: None, state)
         self.samples = samples
         if samples and (
             any(leaf.ndim == 0 for leaf in leaves) or len({leaf.shape[0] for leaf in leaves}) > 1
@@ -116,14 +121,37 @@ class Field:
         return dz
 
     def _joined(self, dz: Any) -> Tensor:
-        leaves, _ = pytree.tree_flatten(dz)
+        leaves = _in_order(self.layout.skeleton, dz)
         shapes = [getattr(leaf, "shape", None) for leaf in leaves]
         if self.layout.samples:
-            shapes = [shape[1:] if shape is not None else None for shape in shapes]
+            shapes = [None if shape is None else shape[1:] for shape in shapes]
         if shapes != self.layout.shapes:
+            wanted, got = (
+                [None if shape is None else tuple(shape) for shape in each]
+                for each in (self.layout.shapes, shapes)
+            )
             raise ShapeError(
                 "the velocity must return a pytree like the state, with leaves of shapes "
-                f"{[tuple(s) for s in self.layout.shapes]}, got "
-                f"{[tuple(s) if s is not None else None for s in shapes]}"
+                f"{wanted}, got {got}"
             )
-        return self.layout.join(dz)
+        return self.layout.join(pytree.tree_unflatten(leaves, self.layout.spec))
+
+
+def _in_order(skeleton: Any, value: Any) -> list[Any]:
+    """The leaves of `value` in the order of the state's; keys of dicts may come in any order."""
+    if skeleton is None:
+        return [value]
+    if isinstance(skeleton, dict):
+        if not isinstance(value, dict) or set(value) != set(skeleton):
+            raise _unlike(f"a dict with the keys {list(skeleton)}", value)
+        return [leaf for key in skeleton for leaf in _in_order(skeleton[key], value[key])]
+    if not isinstance(value, tuple | list) or len(value) != len(skeleton):
+        raise _unlike(f"{len(skeleton)} entries in a tuple or list", value)
+    pairs = zip(skeleton, value, strict=True)
+    return [leaf for part, entry in pairs for leaf in _in_order(part, entry)]
+
+
+def _unlike(wanted: str, got: Any) -> ShapeError:
+    what = list(got) if isinstance(got, dict) else type(got).__name__
+    what = f"{what} of {len(got)}" if isinstance(got, tuple | list) else what
+    return ShapeError(f"the velocity must return a pytree like the state, {wanted}, got {what}")

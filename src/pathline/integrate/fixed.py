@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .dense import Scalar, at_end, cubic, linear
-from .explicit import Step
+from .explicit import RungeKutta, Step
 from .field import Field
 from .grid import Grid
-from .quadrature import Quadrature, Rates, hermite_sums
+from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Piece, Status
 
 
@@ -73,6 +73,9 @@ class FixedMarch:
         self.quadrature = quadrature
         self.watch = watch
         self.carries_slope = getattr(method, "carries_slope", False)
+        self.between: Callable[..., Tensor] | None = None
+        if isinstance(method, RungeKutta) and method.tableau.b_mid is not None:
+            self.between = method.between
         self.dense = dense
         self.pieces: list[Piece] = []
         self.halt: Halt | None = None
@@ -108,28 +111,28 @@ class FixedMarch:
         carry_next = slope_next if self.carries_slope else step.carry
 
         def at(x: Scalar) -> Tensor:
+            if self.between is not None:
+                ended = step if step.carry else step._replace(carry=slope_next)
+                return self.between(x, z, ended, dt)
             return cubic(x, z, step.z, slope[0], slope_next[0], dt)
 
+        def within(x: Scalar) -> tuple[Tensor, Tensor]:
+            return self.grid.ends[n] + x * dt, at(x)
+
         sums_next = sums
-        if self.quadrature is not None:
-            if self.quadrature.staged:
-                sums_next = self.quadrature.advance_staged(sums, rates, ts, z, step.slopes, dt)
-            else:
-                t0 = self.grid.ends[n]
-                sums_next = self.quadrature.advance(
-                    sums, rates, rates_next, lambda x: (t0 + x * dt, at(x)), dt
-                )
-        outs = []
+        if self.quadrature is not None and self.quadrature.staged:
+            sums_next = self.quadrature.advance_staged(sums, rates, ts, z, step.slopes, dt)
+        elif self.quadrature is not None:
+            sums_next = self.quadrature.advance(sums, rates, rates_next, within, dt)
+        outs: list[tuple[Tensor, Rates]] = []
         for x in self.inside[n]:
             if at_end(x):
                 outs.append((step.z, sums_next))
-            else:
-                outs.append(
-                    (
-                        at(x) if self.cubic else linear(x, z, step.z),
-                        hermite_sums(x, sums, sums_next, rates, rates_next, dt),
-                    )
-                )
+                continue
+            part: Rates = ()
+            if self.quadrature is not None:
+                part = self.quadrature.until(x, sums, rates, within, dt)
+            outs.append((at(x) if self.cubic else linear(x, z, step.z), part))
         return State(step.z, carry_next, slope_next, sums_next, rates_next), outs
 
     def run(self, z: Tensor, recorder: Any = None) -> list[tuple[Tensor, Rates]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from .dense import Scalar
-from .options import check_monotonic, number
+from .options import check_monotonic, positive
 from .setup import Setup
 
 
@@ -33,7 +33,7 @@ def fixed_nodes(given: Setup) -> tuple[Tensor, list[list[Scalar]]]:
     if t.ndim == 2:
         if make is not None:
             raise ArgumentError("option `grid_constructor` needs times of shape (times,)")
-        return _cut(t, number("step_size", step_size, 1e-300))
+        return _cut(t, positive("step_size", step_size))
     if make is not None:
         nodes = make(given.request.func, given.request.y0, given.request.t).to(t)
         check_monotonic(nodes.tolist(), "the times of option `grid_constructor`")
@@ -42,7 +42,7 @@ def fixed_nodes(given: Setup) -> tuple[Tensor, list[list[Scalar]]]:
                 "the times of option `grid_constructor` must begin at t[0] and end at t[-1]"
             )
     else:
-        nodes = _equal_steps(t, number("step_size", step_size, 1e-300))
+        nodes = _equal_steps(t, positive("step_size", step_size))
     return nodes, _inside(nodes, t)
 
 

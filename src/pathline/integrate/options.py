@@ -207,3 +207,15 @@ def number(name: str, value: Any, low: float = 0.0) -> float:
     if not got >= low:
         raise ArgumentError(f"option {name!r} must be a number of at least {low:g}, got {value!r}")
     return got
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number above zero.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    got = number(name, value)
+    if not 0.0 < got < inf:
+        raise ArgumentError(f"option {name!r} must be finite and above zero, got {value!r}")
+    return got

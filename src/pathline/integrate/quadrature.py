@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ShapeError
-from .dense import Scalar, combine, cubic
+from .dense import Scalar, combine
 from .field import Field
 from .tableaus import Tableau
 
@@ -20,14 +20,6 @@ LOBATTO: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
     4: ((0.5,), (1 / 6, 4 / 6, 1 / 6)),
     6: ((0.5 - 0.05**0.5, 0.5 + 0.05**0.5), (1 / 12, 5 / 12, 5 / 12, 1 / 12)),
 }
-
-
-def hermite_sums(
-    x: Scalar, sums: Rates, sums_next: Rates, rates: Rates, rates_next: Rates, dt: Scalar
-) -> Rates:
-    """The integrals at the share x of a step."""
-    columns = zip(sums, sums_next, rates, rates_next, strict=True)
-    return tuple(cubic(x, *column, dt) for column in columns)
 
 
 class Quadrature:
@@ -75,6 +67,7 @@ class Quadrature:
         dt: Scalar,
     ) -> Rates:
         """The integrals at a share of a step, by Lobatto's rule on the part before it."""
+        dt = dt.flatten() if isinstance(dt, Tensor) and dt.ndim else dt
         inner = [self.at(*inside(share * x), None)[1] for x in (*self.points, 1.0)]
         columns = zip(first, *inner, strict=True)
         return tuple(

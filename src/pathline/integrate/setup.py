@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .options import (
     check_tolerance,
     floats,
     number,
+    positive,
     traced,
     transformed,
 )
@@ -85,7 +87,8 @@ class Setup:
         self._check_words()
         self._find_method()
         samples = request.batch == "independent" or getattr(request.t, "ndim", 1) == 2
-        self.layout = Layout(request.y0, samples=samples and not isinstance(request.y0, Tensor))
+        samples = samples and not isinstance(request.y0, Tensor)
+        self.layout = Layout(request.y0, samples=samples, lenient=request.lenient)
         self.z0 = self.layout.join(request.y0)
         if not (self.z0.is_floating_point() or self.z0.is_complex()):
             raise ArgumentError(
@@ -152,8 +155,9 @@ class Setup:
             raise ArgumentError('`memory` and `segments` go with gradient="checkpoint" only')
         if request.memory is not None and request.segments is not None:
             raise ArgumentError("give `memory` or `segments`, not both")
-        if request.segments is not None and request.segments < 1:
-            raise ArgumentError(f"`segments` must be at least 1, got {request.segments}")
+        segments = request.segments
+        if segments is not None and not (isinstance(segments, int) and segments >= 1):
+            raise ArgumentError(f"`segments` must be a whole number from 1, got {segments!r}")
         self.memory = None if request.memory is None else read_bytes(request.memory)
         self._check_combinations()
 
@@ -266,9 +270,13 @@ class Setup:
             if name in ("step_t", "jump_t"):
                 options[name] = floats(name, options[name])
             elif name == "max_num_steps":
-                options[name] = int(number(name, options[name], 1))
-            elif name not in ("norm", "first_step"):
+                options[name] = number(name, options[name], 1)
+            elif name == "first_step" and options[name] is not None:
+                options[name] = positive(name, options[name])
+            elif name not in ("norm", "first_step", "limit_per_output"):
                 options[name] = number(name, options[name])
+        if options.get("min_step", 0.0) > options.get("max_step", inf):
+            raise ArgumentError("option `min_step` must not be above `max_step`")
         both = set(options.get("step_t", ())) & set(options.get("jump_t", ()))
         if both:
             raise ArgumentError(f"`step_t` and `jump_t` must not share times, got {sorted(both)}")

@@ -23,7 +23,7 @@ from .grid import Grid, beside
 from .implicit import ImplicitRungeKutta
 from .independent import IndependentMarch
 from .nodes import fixed_nodes
-from .options import number
+from .options import positive
 from .precision import solve_low_precision
 from .quadrature import Quadrature, Rate, Rates
 from .reversible import solve_reversible
@@ -45,6 +45,9 @@ def solve(request: Request) -> Solution:
     if torch.compiler.is_compiling() and not compilable(request):
         return torch.compiler.disable(solve)(request)
     given = Setup(request)
+    if given.z0.numel() == 0:
+        outputs: Outputs = [(given.z0, ())] * given.t.shape[-1]
+        return _solution(given, outputs, None, Statistics(), [])
     if request.event_fn is not None:
         return _until_event(given)
     if given.method is None:
@@ -159,11 +162,11 @@ def _adaptive_march(given: Setup, rate: Rate | None, event: Event | None) -> Ada
 def _explained(given: Setup, halt: Halt, march: AdaptiveMarch) -> Halt:
     """The likely cause behind a step limit or a vanishing step."""
     rtol = float(torch.as_tensor(given.rtol).min())
+    grown = bool(halt.z.abs().max() > 1e6 * (1 + given.z0.abs().max()))
+    tight = rtol < 10 * torch.finfo(given.z0.dtype).eps and not grown
     if halt.status is Status.STEP_LIMIT and march.stiffness() > 2.0:
         return replace(halt, status=Status.STIFF)
-    grown = bool(halt.z.abs().max() > 1e6 * (1 + given.z0.abs().max()))
-    tight = rtol < 10 * torch.finfo(given.z0.dtype).eps
-    if halt.status is Status.STEP_TOO_SMALL and tight and not grown:
+    if halt.status in (Status.STEP_LIMIT, Status.STEP_TOO_SMALL) and tight:
         return replace(halt, status=Status.TOLERANCE)
     return halt
 
@@ -374,7 +377,7 @@ def _step_until(given: Setup, event: Event) -> tuple[Halt, Statistics]:
     """Equal steps from t[0] until the event, laid out in parts."""
     if "step_size" not in given.options:
         raise ArgumentError("`event_fn` with a method of fixed steps needs option `step_size`")
-    h = number("step_size", given.options["step_size"], 1e-300)
+    h = positive("step_size", given.options["step_size"])
     h, part, state = h if given.t[1] > given.t[0] else -h, 256, None
     for first in range(0, EVENT_STEPS, part):
         index = torch.arange(first, first + part + 1).to(given.t)
