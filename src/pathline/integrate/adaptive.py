@@ -1,6 +1,7 @@
 """The march with steps chosen by an estimate of their error, one step size for the whole state."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isfinite, nan, ulp
@@ -223,7 +224,9 @@ class AdaptiveMarch:
         """The solution and the integrals at each of the times `t` (times,) that was reached."""
         control, method, counts = self.control, self.method, self.statistics
         clock = Clock(t.to(time_dtype(t.device)), z)
-        begin = partial(self.begin, clock.tensor(clock.t[0]))
+        again = copy(self)  # for the recorder: without results, whose graph holds the recorder
+        again.pieces = []
+        begin = partial(again.begin, clock.tensor(clock.t[0]))
         state: State = (begin((z,)) if recorder is None else recorder.call(begin, (z,)))[0]
         outputs: list[tuple[Tensor, Rates]] = [(z, state.sums)]
         self.last = (clock.now, z)
@@ -263,7 +266,7 @@ class AdaptiveMarch:
                     spent = 0
                 state, outs, at = self._finish(state, step, leg)
                 if recorder is not None:
-                    recorder.close(partial(self._replay, leg))
+                    recorder.close(partial(again._replay, leg))
                 outputs += outs
                 counts.accepted += 1
                 counts.last_step = end - leg.start

@@ -296,6 +296,7 @@ class Checkpoint:
                         f"and {expected} before: the velocity must do the same at each call"
                     )
                 self.again[m] = {i: x.detach() for i, x in enumerate(saved)}
+                saved.clear()  # else it holds the graph whose hooks hold it
 
 
 def _append(saved: list[Tensor]) -> Callable[[Tensor], int]:

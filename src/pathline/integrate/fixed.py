@@ -1,6 +1,7 @@
 """The march through a fixed grid of times."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -138,17 +139,19 @@ class FixedMarch:
     def run(self, z: Tensor, recorder: Any = None) -> list[tuple[Tensor, Rates]]:
         """The solution and the integrals at the start and wherever they are wanted."""
         outputs: list[tuple[Tensor, Rates]] = []
+        again = copy(self)  # for the recorder: without pieces, whose graph holds the recorder
+        again.pieces = []
         if recorder is None:
             state = self.begin(z)
         else:
-            state, _ = recorder.call(lambda start: (self.begin(start[0]), None), (z,))
+            state, _ = recorder.call(lambda start: (again.begin(start[0]), None), (z,))
         outputs.append((z, state.sums))
         for n in range(len(self.grid)):
             try:
                 if recorder is None:
                     after, outs = self.step(n, state)
                 else:
-                    after, outs = recorder.call(partial(self.step, n), state)
+                    after, outs = recorder.call(partial(again.step, n), state)
             except NotConverged:
                 t = float(self.grid.nodes[n].detach().min())
                 self.halt = Halt(Status.NOT_CONVERGED, t, state.z)
