@@ -282,29 +282,44 @@ class Checkpoint:
                 if m in store:
                     self.states[m] = self._cut(m, state)
                 state = self.replays[m](state)[0]
-        last = min(first + self.width, len(self.replays))
+        end = max(n + 1, min(first + self.width, len(self.replays)))
         with torch.enable_grad(), self.autocast():
-            for m in range(first, max(n + 1, last)):
-                state = self._cut(m, state)
-                saved: list[Tensor] = []
-                with saved_tensors_hooks(_append(saved), saved.__getitem__):
-                    state = self.replays[m](state)[0]
-                expected = (*self.starts, self.counter)[m + 1] - self.starts[m]
-                if len(saved) != expected:
+            for m in range(first, end):
+                expected = (*self.starts[m + 1 : m + 2], self.counter)[0] - self.starts[m]
+                collector = _Collector(expected, stop=m + 1 == end)
+                with collector:
+                    state = self.replays[m](self._cut(m, state))[0]
+                if len(collector.saved) != expected:
                     raise SolveError(
-                        f"step {m} saved {len(saved)} tensors for its gradient when run again, "
-                        f"and {expected} before: the velocity must do the same at each call"
+                        f"step {m} saved {len(collector.saved)} tensors for its gradient when run "
+                        f"again, and {expected} before: the velocity must do the same at each call"
                     )
-                self.again[m] = {i: x.detach() for i, x in enumerate(saved)}
-                saved.clear()  # else it holds the graph whose hooks hold it
+                self.again[m] = {i: x.detach() for i, x in enumerate(collector.saved)}
+                collector.saved.clear()  # else it holds the graph whose hooks hold it
 
 
-def _append(saved: list[Tensor]) -> Callable[[Tensor], int]:
-    def pack(x: Tensor) -> int:
-        saved.append(x)
-        return len(saved) - 1
+class _Complete(Exception):
+    """Everything that a step saves was saved."""
 
-    return pack
+
+class _Collector(saved_tensors_hooks):
+    """Collects what a step saves; `stop` ends the step with the last of it."""
+
+    def __init__(self, expected: int, *, stop: bool) -> None:
+        self.saved: list[Tensor] = []
+        self.expected = expected
+        self.stop = stop
+        super().__init__(self._pack, self.saved.__getitem__)
+
+    def _pack(self, x: Tensor) -> int:
+        self.saved.append(x)
+        if self.stop and len(self.saved) == self.expected:
+            raise _Complete
+        return len(self.saved) - 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:  # type: ignore[override]
+        super().__exit__(kind, error, trace)
+        return kind is _Complete
 
 
 def autocast_now(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
