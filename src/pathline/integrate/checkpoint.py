@@ -246,7 +246,7 @@ class Checkpoint:
 
     def _pack(self, x: Tensor) -> int | Tensor:
         if self.attempt is None:  # between the steps, such as times that need a gradient
-            return x
+            return x.detach()
         self.live[self.counter] = x
         self.counter += 1
         return self.counter - 1

@@ -136,6 +136,7 @@ class IndependentMarch:
         active = clocks.now != clocks.ends
         while bool(active.any()):
             h = h.clamp(control.min_step, control.max_step)
+            least = h <= control.min_step
             length, landing = clocks.propose(h, active)
             tried, start = length.detach().abs(), state[0]
             ts, dt = self._stages(clocks.node, length, z), beside(length.to(real), z)
@@ -143,7 +144,7 @@ class IndependentMarch:
                 recorder.open(state)
             step, ratio = self._attempt(ts, dt, state)
             finite = torch.isfinite(ratio)
-            good = active & finite & ((ratio <= 1) | (h <= control.min_step))
+            good = active & finite & ((ratio <= 1) | least)
             if step is None or not bool(good.any()):
                 if recorder is not None:
                     recorder.drop()
@@ -175,7 +176,7 @@ class IndependentMarch:
             h = torch.where(active, wish, h)
             before = torch.where(good, ratio.clamp_min(1e-4), before)
             active = active & (clocks.now != clocks.ends)
-            stuck = active & clocks.stuck(h) | active & ~good & (h <= control.min_step)
+            stuck = active & clocks.stuck(h) | active & ~good & least
             spent = active & (accepted + rejected >= control.max_num_steps)
             for kind, which in ((Status.STEP_TOO_SMALL, stuck), (Status.STEP_LIMIT, spent)):
                 if bool(which.any()):

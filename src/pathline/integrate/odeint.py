@@ -56,7 +56,7 @@ def odeint(
             `step_size` or `grid_constructor` is given.
         event_fn: solve from t[0] in the direction of t[1] until `event_fn(t, y)` changes its sign
             (any of its entries does); returns `(event time, y at t[0] and at the event)`, both
-            differentiable.
+            differentiable once.
         gradient: "discrete", the exact gradient of the discrete solution; "checkpoint", the same
             bit for bit in bounded memory; "reversible", the same to round-off in constant memory,
             for reversible methods; "adjoint", the continuous adjoint.
@@ -65,7 +65,8 @@ def odeint(
         quadrature: `(t, y, dy) -> pytree of (batch,)` rates, integrated along the solution without
             feeding back; the result is then `(y, integrals)`, with the times in front.
         batch: "shared", one step size for all, or "independent": each sample (along the first
-            axis of y0) has its own steps, so that its result does not depend on the others.
+            axis of y0) has its own steps, so that its result does not depend on the others (in
+            implicit methods, whose Newton iteration ends for all at once, within the tolerance).
         mask: (batch, times), True where a time of a ragged `t` counts; after its last time a
             sample rests.
         solution: return a `Solution` with statistics, status and dense output. A failure is then

@@ -212,9 +212,9 @@ class Setup:
         self.adaptive = bool(getattr(self.method, "adaptive", False)) and not gridded
         own = {f.name for f in fields(self.method)} - FIXED_FIELDS
         self._check_options((ADAPTIVE if self.adaptive else FIXED) | own, name)
-        self.method = replace(
-            self.method, **{key: value for key, value in self.options.items() if key in own}
-        )
+        chosen = {key: value for key, value in self.options.items() if key in own}
+        if chosen:
+            self.method = replace(self.method, **chosen)
         if request.gradient == "reversible" and not getattr(self.method, "reversible", False):
             able = [key for key, method in METHODS.items() if getattr(method, "reversible", False)]
             raise ArgumentError(
