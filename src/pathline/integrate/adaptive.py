@@ -232,7 +232,7 @@ class AdaptiveMarch:
         self.last = (clock.now, z)
         stops, jumps = self._stops(clock), set(control.jump_t)
         h = self._first_step(clock, state) if stops else 0.0
-        before, jumped, spent = 1e-4, False, 0
+        before, jumped, spent = 1.0, False, 0
         while stops:
             h = min(max(h, control.min_step), control.max_step)
             gap = abs(stops[0] - clock.now)

@@ -128,7 +128,7 @@ class IndependentMarch:
         self._zeros = state[2]
         clocks = Clocks(t, lands=not interpolates(method.tableau))
         h = self._first_steps(clocks.now, clocks.sign, state[0].detach(), state[1].detach())
-        before = torch.full_like(h, 1e-4)
+        before = torch.ones_like(h)
         accepted = torch.zeros_like(h, dtype=torch.long)
         rejected, status = accepted.clone(), torch.full_like(accepted, Status.SUCCESS)
         last_step = torch.zeros_like(h)
