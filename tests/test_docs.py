@@ -24,7 +24,7 @@ PACKAGES = (
 )
 COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce")
 # Flags of other programs that the pages name.
-FOREIGN = {"--nproc-per-node"}
+FOREIGN = {"--nproc-per-node", "--tables", "--figure", "--jax-python"}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -88,6 +88,7 @@ def odeint(
     Ruthotto, Discretize-Optimize vs. Optimize-Discretize, 2020, arXiv 2005.13420 (gradients).
 
     Example:
+        >>> import torch
         >>> y = odeint(lambda t, y: -y, torch.ones(2), torch.tensor([0.0, 1.0]))
         >>> [round(value, 4) for value in y[-1].tolist()]
         [0.3679, 0.3679]
