@@ -506,3 +506,19 @@ def test_atol_zero_and_a_zero_in_the_state():
     for batch in BATCHES:
         y = odeint(lambda t, y: torch.ones_like(y), y0, T, atol=0.0, rtol=1e-6, batch=batch)
         torch.testing.assert_close(y[-1], torch.ones_like(y0), rtol=1e-6, atol=0)
+
+
+def test_newton_fails_before_an_event():
+    """Implicit steps of fixed length that can't be made end the search with a reason."""
+    how = {
+        "method": "implicit_euler",
+        "options": {"step_size": 0.125},
+        "event_fn": lambda t, y: y.sum() + 100,
+    }
+    v, y0, t = lambda t, y: NAN - y if t >= 0.5 else -y, torch.ones(2, dtype=F64), [0.0, 1.0]
+    solution = odeint(v, y0, t, solution=True, **how)
+    assert int(solution.status) == Status.NOT_CONVERGED
+    assert float(solution.last[0]) == 0.375
+    torch.testing.assert_close(solution.last[1], y0 / 1.125**3, rtol=1e-12, atol=0)
+    with pytest.raises(SolveError, match=r"t = 0\.375.*Newton"):
+        odeint(v, y0, t, **how)

@@ -29,7 +29,7 @@ from .quadrature import Quadrature, Rate, Rates
 from .reversible import solve_reversible
 from .scipy_solver import solve_scipy
 from .setup import CALLBACKS, Request, Setup, compilable, known
-from .solution import Halt, Solution, Statistics, Status, first_not_finite
+from .solution import Halt, NotConverged, Solution, Statistics, Status, first_not_finite
 
 Outputs = list[tuple[Tensor, Rates]]
 EVENT_STEPS = 1_000_000  # of fixed length, before a search for an event gives up
@@ -40,7 +40,7 @@ def solve(request: Request) -> Solution:
 
     Raises:
         ArgumentError, ShapeError: something makes no sense; before the second evaluation.
-        SolveError: no event was found, or the strategy can't be differentiated this way.
+        SolveError: the strategy can't be differentiated this way, or SciPy's solver failed.
     """
     if torch.compiler.is_compiling() and not compilable(request):
         return torch.compiler.disable(solve)(request)
@@ -391,7 +391,11 @@ def _step_until(given: Setup, event: Event) -> tuple[Halt, Statistics]:
         )
         state = march.begin(given.z0) if state is None else state
         for n in range(part):
-            after, _ = march.step(n, state)
+            try:
+                after, _ = march.step(n, state)
+            except NotConverged:
+                t = float(march.grid.nodes[n].detach())
+                return Halt(Status.NOT_CONVERGED, t, state.z), Statistics(accepted=first + n)
             if event.watch(march.piece(n, state, after), after.z):
                 return Halt(Status.SUCCESS, 0.0, after.z), Statistics(accepted=first + n + 1)
             state = after
