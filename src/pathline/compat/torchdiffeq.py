@@ -7,30 +7,35 @@ failure is an `AssertionError` too.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SolveError
-from ..integrate import METHODS
+from ..integrate import METHODS, Solution
 from ..integrate.adjoint import AdjointSpec
 from ..integrate.setup import Request
 from ..integrate.solve import solve
 
 __version__ = "0.2.5"  # the release whose calls and results are followed
 
-_METHODS = {"rk4": METHODS["rk4_38"]}
-_DEFAULTS = {"beta": 0.0, "max_num_steps": 2**31 - 1, "limit_per_output": True}
+_request = partial(
+    Request,
+    methods={"rk4": METHODS["rk4_38"]},
+    defaults={"beta": 0.0, "max_num_steps": 2**31 - 1, "limit_per_output": True},
+    lenient=True,
+)
 
 
 class SolveAssertion(SolveError, AssertionError):
     """A failed solve, for programs that catch torchdiffeq's assertions."""
 
 
-def _solve(request: Request) -> Any:
+def _solve(request: Request) -> Solution:
     try:
-        return solve(request).hand_out(False, False)
+        return solve(request).or_raise()
     except SolveError as error:
         raise SolveAssertion(str(error)) from None
 
@@ -48,7 +53,7 @@ def odeint(
 ) -> Any:
     """`torchdiffeq.odeint`; see `pathline.odeint`."""
     return _solve(
-        Request(
+        _request(
             func,
             y0,
             t,
@@ -57,11 +62,8 @@ def odeint(
             method=method,
             options=options,
             event_fn=event_fn,
-            methods=_METHODS,
-            defaults=_DEFAULTS,
-            lenient=True,
         )
-    )
+    ).hand_out(False, False)
 
 
 def odeint_adjoint(
@@ -82,7 +84,7 @@ def odeint_adjoint(
 ) -> Any:
     """`torchdiffeq.odeint_adjoint`; see `pathline.odeint_adjoint`."""
     return _solve(
-        Request(
+        _request(
             func,
             y0,
             t,
@@ -95,11 +97,8 @@ def odeint_adjoint(
             adjoint=AdjointSpec(
                 adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params
             ),
-            methods=_METHODS,
-            defaults=_DEFAULTS,
-            lenient=True,
         )
-    )
+    ).hand_out(False, False)
 
 
 def odeint_event(
@@ -134,7 +133,7 @@ def odeint_dense(
 ) -> Callable[[Any], Any]:
     """`torchdiffeq.odeint_dense`: a function of time, between t0 and t1."""
     times = torch.stack([torch.as_tensor(t0), torch.as_tensor(t1)])
-    request = Request(
+    request = _request(
         func,
         y0,
         times,
@@ -143,11 +142,5 @@ def odeint_dense(
         method=method,
         options=options,
         solution=True,
-        methods=_METHODS,
-        defaults=_DEFAULTS,
-        lenient=True,
     )
-    try:
-        return solve(request).or_raise().dense
-    except SolveError as error:
-        raise SolveAssertion(str(error)) from None
+    return _solve(request).dense

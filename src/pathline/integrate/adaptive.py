@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dense import Scalar, combine
+from .dense import Scalar
 from .explicit import Step
 from .field import Field, real_dtype
 from .fixed import State
-from .grid import time_dtype
+from .grid import nudged, time_dtype
 from .quadrature import Quadrature, Rates
 from .solution import Halt, NotConverged, Piece, Statistics, Status, first_not_finite
 from .tableaus import Tableau
@@ -106,14 +106,9 @@ class Clock:
         self.moving = t[0] if t.requires_grad else None
         self.wanted = 1  # the next output
 
-    def tensor(self, t: float | Tensor, *, beyond: bool = False) -> Tensor:
-        """The time in the dtype of the state, or the next one `beyond` it."""
-        t = torch.as_tensor(t, dtype=self.dtype, device=self.device)
-        return self._nudged(t, self.sign) if beyond else t
-
-    def _nudged(self, t: Tensor, sign: float) -> Tensor:
-        ahead = torch.full_like(t, sign * inf)
-        return t + (torch.nextafter(t.detach(), ahead) - t.detach())
+    def tensor(self, t: float | Tensor) -> Tensor:
+        """The time in the dtype of the state."""
+        return torch.as_tensor(t, dtype=self.dtype, device=self.device)
 
     def leg(
         self, end: float, offsets: Sequence[float], *, landing: bool, jumped: bool, jump: bool
@@ -136,7 +131,7 @@ class Clock:
         if jumped or jump:
             inward = {0.0: self.sign * jumped, 1.0: -self.sign * jump}
             pairs = zip(offsets, ts, strict=True)
-            ts = tuple(self._nudged(t, inward[c]) if inward.get(c) else t for c, t in pairs)
+            ts = tuple(nudged(t, inward[c] * inf) if inward.get(c) else t for c, t in pairs)
         last_t = self.tensor(end if stop is None else stop)
         origin = self.now if self.moving is None else self.moving
         return Leg(self.now, origin, end, dt, ts, stop, last_t, jump, self._shares(end, stop))
@@ -325,9 +320,8 @@ class AdaptiveMarch:
         """What follows an accepted step: the slope at its end, the integrals, the outputs."""
         dt, end = leg.dt, leg.last
         if leg.jump:
-            sign = 1.0 if leg.end > leg.start else -1.0
-            beyond = torch.nextafter(end.detach(), torch.full_like(end, sign * inf)) - end.detach()
-            slope, rates = self._slope(end + beyond, step.z, None)
+            beyond = nudged(end, inf if leg.end > leg.start else -inf)
+            slope, rates = self._slope(beyond, step.z, None)
         else:
             slope, rates = self._slope(end, step.z, step.carry[0] if step.carry else None)
         ended = step if step.carry else step._replace(carry=(slope,))
@@ -382,13 +376,9 @@ class AdaptiveMarch:
         if self.trial is None or not self.method.tableau.explicit:
             return 0.0
         leg, state, step = self.trial
-        rows = self.method.tableau.a
-        with torch.no_grad():
-            last = combine(state.z, rows[-1], step.slopes[: len(rows[-1])], leg.dt)
-            other = combine(state.z, rows[-2], step.slopes[: len(rows[-2])], leg.dt)
-            apart = (last - other).abs().max()
-            change = (step.slopes[-1] - step.slopes[-2]).abs().max()
-            return float(abs(leg.end - leg.start) * change / apart.clamp_min(1e-300))
+        apart, change = self.method.last_stages(state.z, step, leg.dt)
+        length = abs(leg.end - leg.start)
+        return float(length * change.max() / apart.max().clamp_min(1e-300))
 
     def _stop(self, status: Status, t: float, state: State, trial: Any) -> None:
         """Notes why the march ends here."""

@@ -18,6 +18,12 @@ def beside(times: Tensor, z: Tensor) -> Tensor:
     return times.view(*times.shape, *(1,) * (z.ndim - 1))
 
 
+def nudged(t: Tensor, toward: Tensor | float) -> Tensor:
+    """The next time after `t` in its dtype, toward an infinity, with the same gradient."""
+    ahead = torch.as_tensor(toward, dtype=t.dtype, device=t.device)
+    return t + (torch.nextafter(t.detach(), ahead) - t.detach())
+
+
 class Grid:
     """The lengths of the steps between `nodes`, and the times of their stages.
 
@@ -53,9 +59,7 @@ class Grid:
             ahead = torch.where(steps < 0, -torch.inf, torch.inf).to(z.device, dtype)
             inward = {0.0: ahead, 1.0: -ahead}
             stages = [
-                stage + (torch.nextafter(stage.detach(), inward[c]) - stage.detach())
-                if c in inward
-                else stage
+                nudged(stage, inward[c]) if c in inward else stage
                 for c, stage in zip(offsets, stages, strict=True)
             ]
         table = torch.stack(stages, 1)  # (steps, stages) or (steps, stages, batch)

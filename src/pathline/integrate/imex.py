@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from .dense import Scalar, combine, cubic
-from .explicit import Step
+from .dense import Scalar, combine
+from .explicit import EmbeddedMethod, Step
 from .field import Field, Velocity
 from .tableaus import ImexTableau, Tableau
 
@@ -116,7 +116,7 @@ class _Factored:
 
 
 @dataclass(frozen=True)
-class ImexRungeKutta:
+class ImexRungeKutta(EmbeddedMethod):
     """An implicit-explicit Runge-Kutta method for a `Split` velocity.
 
     The stiff linear part costs one linear solve a stage, whatever the step; the other part is
@@ -131,7 +131,6 @@ class ImexRungeKutta:
     """
 
     pair: ImexTableau
-    carries_slope = True
 
     @property
     def name(self) -> str:
@@ -142,17 +141,9 @@ class ImexRungeKutta:
         return self.pair.order
 
     @property
-    def tableau(self) -> Tableau:
+    def tableau(self) -> Tableau:  # type: ignore[override]
         """The implicit half, which has the times of the stages and the weights of the error."""
         return self.pair.implicit
-
-    @property
-    def offsets(self) -> tuple[float, ...]:
-        return self.tableau.c
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.b_err is not None
 
     def start(self, field: Field, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         self._parts(field)
@@ -209,13 +200,3 @@ class ImexRungeKutta:
             return part(t, z)
 
         return split, explicit
-
-    def error(self, z: Tensor, step: Step, dt: Scalar) -> Tensor:
-        """The difference to the embedded method, whose weights the two halves share."""
-        weights = self.tableau.b_err
-        assert weights is not None
-        return combine(z.new_zeros(()), weights, step.slopes, dt)
-
-    def between(self, x: Scalar, z: Tensor, step: Step, dt: Scalar) -> Tensor:
-        """The solution at the share x of the step; needs the slope at its end as carry."""
-        return cubic(x, z, step.z, step.slopes[0], step.carry[0], dt)

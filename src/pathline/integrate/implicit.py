@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .dense import Scalar, combine, cubic
-from .explicit import Step
+from .dense import Scalar, combine
+from .explicit import EmbeddedMethod, Step
 from .field import Field
 from .linear import Rows, System
 from .newton import SOLVERS, Accuracy, Stages, attach, solve_stages
@@ -16,7 +16,7 @@ from .tableaus import Tableau
 
 
 @dataclass(frozen=True)
-class ImplicitRungeKutta:
+class ImplicitRungeKutta(EmbeddedMethod):
     """An implicit Runge-Kutta method. It carries the slope at the start of the step.
 
     Diagonally implicit tableaus solve one stage after the other, full ones all at once, by
@@ -51,7 +51,6 @@ class ImplicitRungeKutta:
     atol: float | Tensor | None = None
     linear: str = "auto"
     derivatives: int = 2
-    carries_slope = True
 
     def __post_init__(self) -> None:
         if self.tableau.explicit:
@@ -62,25 +61,10 @@ class ImplicitRungeKutta:
             raise ArgumentError(f"`derivatives` must be 1, 2, 3 or 4, got {self.derivatives!r}")
 
     @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    @property
-    def order(self) -> int:
-        return self.tableau.order
-
-    @property
     def offsets(self) -> tuple[float, ...]:
         """The times of the stages, after that of the step's start."""
         c = self.tableau.c
         return c if c[0] == 0.0 else (0.0, *c)
-
-    @property
-    def adaptive(self) -> bool:
-        return self.tableau.b_err is not None
-
-    def start(self, field: Field, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        return (field(t, z),)
 
     def step(
         self, field: Field, ts: Sequence[Tensor], dt: Scalar, z: Tensor, carry: tuple[Tensor, ...]
@@ -154,12 +138,3 @@ class ImplicitRungeKutta:
 
     def _attached(self, stages: Stages, ks: Tensor) -> Tensor:
         return attach(stages, ks, self.derivatives) if torch.is_grad_enabled() else ks
-
-    def error(self, z: Tensor, step: Step, dt: Scalar) -> Tensor:
-        """The difference to the embedded method."""
-        assert self.tableau.b_err is not None
-        return combine(z.new_zeros(()), self.tableau.b_err, step.slopes, dt)
-
-    def between(self, x: Scalar, z: Tensor, step: Step, dt: Scalar) -> Tensor:
-        """The solution at the share x of the step; needs the slope at its end as carry."""
-        return cubic(x, z, step.z, step.slopes[0], step.carry[0], dt)

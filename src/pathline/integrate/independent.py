@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .adaptive import Control, interpolates
-from .dense import Scalar, combine
+from .dense import Scalar
 from .explicit import Step
 from .field import Field, real_dtype
 from .grid import beside, time_dtype
@@ -221,15 +221,11 @@ class IndependentMarch:
 
     def _stiffness(self, z: Tensor, step: Step, dt: Tensor) -> Tensor:
         """As `AdaptiveMarch.stiffness`, of each sample."""
-        rows = self.method.tableau.a
         if not self.method.tableau.explicit:
             return torch.zeros(len(z), device=z.device)
-        with torch.no_grad():
-            last = combine(z, rows[-1], step.slopes[: len(rows[-1])], dt)
-            other = combine(z, rows[-2], step.slopes[: len(rows[-2])], dt)
-            apart = (last - other).abs().reshape(len(z), -1).amax(1)
-            change = (step.slopes[-1] - step.slopes[-2]).abs().reshape(len(z), -1).amax(1)
-            return dt.abs().flatten() * change / apart.clamp_min(1e-300)
+        apart, change = self.method.last_stages(z, step, dt)
+        apart, change = (x.reshape(len(z), -1).amax(1) for x in (apart, change))
+        return dt.abs().flatten() * change / apart.clamp_min(1e-300)
 
     def _begin(self, t: Tensor, state: tuple[Tensor]) -> tuple[Any, None]:
         (z,) = state

@@ -22,6 +22,11 @@ LOBATTO: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
+def _lengths(dt: Scalar) -> Scalar:
+    """The step lengths beside integrals of shape (batch,), in place of beside states."""
+    return dt.flatten() if isinstance(dt, Tensor) and dt.ndim else dt
+
+
 class Quadrature:
     """Integrates rates along a solution, at the order of its method.
 
@@ -52,9 +57,9 @@ class Quadrature:
         """The integrals after a step, by Lobatto's rule; `inside(x)` is (t, z) at the share x."""
         inner = [self.at(*inside(x), None)[1] for x in self.points]
         columns = zip(first, *inner, last, strict=True)
-        flat = None if not isinstance(dt, Tensor) or dt.ndim == 0 else dt.flatten()
+        dt = _lengths(dt)
         return tuple(
-            combine(total, self.weights, column, dt if flat is None else flat)
+            combine(total, self.weights, column, dt)
             for total, column in zip(sums, columns, strict=True)
         )
 
@@ -67,7 +72,7 @@ class Quadrature:
         dt: Scalar,
     ) -> Rates:
         """The integrals at a share of a step, by Lobatto's rule on the part before it."""
-        dt = dt.flatten() if isinstance(dt, Tensor) and dt.ndim else dt
+        dt = _lengths(dt)
         inner = [self.at(*inside(share * x), None)[1] for x in (*self.points, 1.0)]
         columns = zip(first, *inner, strict=True)
         return tuple(
@@ -86,7 +91,7 @@ class Quadrature:
     ) -> Rates:
         """The integrals after a step, by the weights of the method on its own stages."""
         assert self.tableau is not None
-        flat = dt.flatten() if isinstance(dt, Tensor) and dt.ndim else dt
+        lengths = _lengths(dt)
         # Implicit methods have the start of the step in front of the times of their stages.
         stage_ts = ts[-self.tableau.stages :]
         rows = zip(self.tableau.a, self.tableau.b, stage_ts, slopes, strict=True)
@@ -97,7 +102,7 @@ class Quadrature:
                     y = combine(z, row, slopes[: len(row)], dt)
                     rates = self.at(t, y, slope)[1]
                 columns = zip(sums, rates, strict=True)
-                sums = tuple(combine(total, (weight,), (rate,), flat) for total, rate in columns)
+                sums = tuple(combine(total, (weight,), (rate,), lengths) for total, rate in columns)
         return sums
 
 
@@ -112,14 +117,12 @@ class Rate:
         self.rate = rate
         self.field = field
         self.spec: pytree.TreeSpec | None = None
-        self.evaluations = 0
 
     def __call__(self, t: Tensor, z: Tensor, dz: Tensor | None) -> tuple[Tensor, Rates]:
         if dz is None:
             dz = self.field(t, z)
         layout = self.field.layout
         leaves, spec = pytree.tree_flatten(self.rate(t, layout.split(z), layout.split(dz)))
-        self.evaluations += 1
         if self.spec is None:
             if not all(isinstance(leaf, Tensor) for leaf in leaves):
                 got = [type(leaf).__name__ for leaf in leaves]

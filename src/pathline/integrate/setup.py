@@ -151,7 +151,8 @@ class Setup:
         ):
             if value not in known:
                 raise ArgumentError(unknown(f"`{name}`", str(value), known))
-        if request.gradient != "checkpoint" and (request.memory or request.segments) is not None:
+        bounded = request.memory is not None or request.segments is not None
+        if bounded and request.gradient != "checkpoint":
             raise ArgumentError('`memory` and `segments` go with gradient="checkpoint" only')
         if request.memory is not None and request.segments is not None:
             raise ArgumentError("give `memory` or `segments`, not both")

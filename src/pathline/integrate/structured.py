@@ -20,24 +20,15 @@ from ..errors import ArgumentError, ShapeError
 from .dense import Scalar, combine
 from .explicit import Step
 from .field import Field
+from .fixed import Method
 
 Carry = tuple[Tensor, ...]
 PAIRS = [pytree.tree_flatten(pair)[1] for pair in ((0, 0), [0, 0])]
 
 
-class Reversible(Protocol):
+class Reversible(Method, Protocol):
     """A one-step method whose steps can be undone."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def order(self) -> int: ...
-    @property
-    def offsets(self) -> tuple[float, ...]: ...
-    def start(self, field: Field, t: Tensor, z: Tensor) -> Carry: ...
-    def step(
-        self, field: Field, ts: Sequence[Tensor], dt: Scalar, z: Tensor, carry: Carry
-    ) -> Step: ...
     def invert(
         self, field: Field, ts: Sequence[Tensor], dt: Scalar, z_next: Tensor, carry_next: Carry
     ) -> tuple[Tensor, Carry]:
