@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+KERNEL := native/CMakeLists.txt $(wildcard src/pathline/native/*.cpp src/pathline/native/*.hpp)
 
 .PHONY: help demo test test-slow check docs bench clean
 
@@ -12,8 +13,9 @@ help:
 	@echo "make check   lint, format and types    make docs   the documentation, in build/docs"
 	@echo "make bench   the benchmarks            make clean  remove what make made"
 
-# PyTorch first, by its pinned version: the constraint picks the CPU build.
-$(VENV)/base: pyproject.toml constraints.txt
+# PyTorch first, by its pinned version: the constraint picks the CPU build. Then Pathline with its
+# kernel, built anew where a source of it changed.
+$(VENV)/base: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable .
@@ -45,4 +47,5 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/solvers.py
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) build dist runs src/pathline/native/*.so
+	find native -mindepth 1 ! -name CMakeLists.txt -delete

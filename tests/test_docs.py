@@ -18,13 +18,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGES = (
     *("pathline", "pathline.flows", "pathline.control", "pathline.integrate", "pathline.nets"),
+    "pathline.native",
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
     *("pathline.report", "pathline.compat.torchdiffeq"),
 )
 COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce")
 # Flags of other programs that the pages name.
-FOREIGN = {"--nproc-per-node", "--tables", "--figure", "--jax-python"}
+FOREIGN = {
+    *("--nproc-per-node", "--tables", "--figure", "--jax-python"),
+    *("--method", "--data", "--summary", "--plot", "--check"),
+}
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -142,7 +146,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq")
+RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq", "speed")
 
 
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in RUNNING)])

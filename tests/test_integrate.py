@@ -16,10 +16,10 @@ X0 = np.array([0.3, 0.8, 0.6])
 TABLEAUS = (EULER, MIDPOINT, RK4)
 
 
-def linear(t, z, node):
+def linear(t, z, weight):
     """dz/dt = M z, and a rate that bends in time and in z."""
     q = torch.sin(3 * t + 0.5) * z[:, 0] ** 2 + torch.exp(0.3 * z[:, 1]) * t
-    return z @ torch.from_numpy(M).T, {"q": q} if node else {}
+    return z @ torch.from_numpy(M).T, {"q": q} if weight is not None else {}
 
 
 def linear_exact(start, stop):
@@ -34,7 +34,7 @@ def linear_integral(start, stop):
     return quad(q, start, stop, epsabs=1e-13, epsrel=1e-13)[0]
 
 
-def bent(t, z, node):
+def bent(t, z, weight):
     """dz/dt = (1 + 2 t) z (1 - z): nonlinear and time-dependent."""
     return (1 + 2 * t) * z * (1 - z), {}
 
@@ -88,7 +88,7 @@ def test_order_of_quadrature(span):
 @pytest.mark.parametrize("method", TABLEAUS, ids=lambda m: m.name)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_quadrature_is_exact_for_cubics_in_time(steps, method):
-    def field(t, z, node):
+    def field(t, z, weight):
         return torch.ones_like(z), {
             "cubic": (t**3 - 2 * t**2 + 5 * t - 1).expand(2),
             "one": torch.ones(2),
@@ -121,9 +121,9 @@ def test_evaluations():
     """Rates are asked for 2 steps + 1 times, at the ends and middles of the steps."""
     nodes, others = [], []
 
-    def field(t, z, node):
-        (nodes if node else others).append(t.item())
-        return -z, {"q": z[:, 0]} if node else {}
+    def field(t, z, weight):
+        (nodes if weight is not None else others).append(t.item())
+        return -z, {"q": z[:, 0]} if weight is not None else {}
 
     march(field, torch.ones(1, 1).double(), steps=4, quadrature=True)
     assert sorted(nodes) == [i / 8 for i in range(9)]
@@ -133,12 +133,37 @@ def test_evaluations():
     assert nodes == [] and len(others) == 4 * 4
 
 
+@pytest.mark.parametrize("method", TABLEAUS, ids=lambda m: m.name)
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, -0.5)], ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_weights_are_the_derivatives_of_the_integral(steps, span, method):
+    """The field learns the factor with which its rates enter, at the time of each evaluation."""
+    rates, weights = [], []
+
+    def field(t, z, weight):
+        if weight is None:
+            return -z, {}
+        rates.append(torch.randn(2, dtype=torch.float64, requires_grad=True))
+        weights.append(weight)
+        return -z, {"q": rates[-1]}
+
+    got = march(
+        field, torch.ones(2, 1).double(), steps=steps, start=span[0], stop=span[1],
+        method=method, quadrature=True,
+    )  # fmt: skip
+    for grad, weight in zip(
+        torch.autograd.grad(got.integrals["q"].sum(), rates), weights, strict=True
+    ):
+        torch.testing.assert_close(grad, torch.full_like(grad, weight), rtol=1e-14, atol=0)
+    assert sum(weights) == pytest.approx(span[1] - span[0])
+
+
 @pytest.mark.parametrize("steps", [3, 7, 49, 10_000])
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0), (0.1, 0.7)], ids=str)
 def test_single_precision_time_does_not_drift(steps, span):
     times = []
 
-    def field(t, z, node):
+    def field(t, z, weight):
         assert t.dtype == torch.float32 and t.ndim == 0
         times.append(t)
         return torch.zeros_like(z), {}
@@ -173,14 +198,14 @@ def test_trajectory():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_and_input_are_kept(dtype):
     z0 = torch.ones(2, 3, dtype=dtype)
-    got = march(lambda t, z, node: (-z * t, {"q": z[:, 0]}), z0, steps=3, quadrature=True)
+    got = march(lambda t, z, weight: (-z * t, {"q": z[:, 0]}), z0, steps=3, quadrature=True)
     assert got.z.dtype == got.integrals["q"].dtype == dtype
     assert torch.equal(z0, torch.ones(2, 3, dtype=dtype))
 
 
 def test_gradients():
     def function(z0, scale):
-        def field(t, z, node):
+        def field(t, z, weight):
             dz = torch.sin(scale * z.flip(1)) * (1 + t)
             return dz, {"q": (z * dz).sum(1)}
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from scipy.optimize import minimize
 from torch.distributions import MultivariateNormal
 
 import pathline as pl
-from pathline import calculus
+from pathline import calculus, native
 from pathline.errors import ArgumentError, DataError, ShapeError
 from pathline.flows import FlowObjective, OTFlow, Standardize
-from pathline.train import Rows
+from pathline.train import Distrust, Rows
 
 SUPPORT = [(0.0, None), (None, 3.0), (-1.0, 2.0), (None, None)]
 INSIDE = torch.tensor(
@@ -155,7 +156,9 @@ def test_trajectory():
         path = flow.trajectory(x, steps=7)
         assert path.shape == (8, 5, 2)
         assert torch.equal(path[0], flow.standardize(x)[0])
-        assert torch.equal(flow.trajectory(x)[-1], flow.to_reference(x))
+        torch.testing.assert_close(
+            flow.trajectory(x)[-1], flow.to_reference(x), rtol=1e-13, atol=1e-13
+        )
         assert len(flow.trajectory(x)) == flow.steps + 1
 
 
@@ -385,6 +388,152 @@ def test_objective_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(weighted, objective(x.repeat_interleave(counts, 0)).total)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_gradient_of_the_objective(depth, weighted, kernel):
+    """As of the same objective through the exact density and costs, without what training knows."""
+    flow = some_flow(3, depth=depth, transport=0.3, hjb=0.7, steps=4)
+    x = flow.sample(40, seed=0)
+    weights = torch.rand(40) if weighted else None
+    row = torch.ones(40) if weights is None else weights.double()
+    y, log_slope = flow.standardize(x)
+    path = pl.control.rollout(flow.problem, flow.potential, y, steps=4)
+    J = log_slope - flow.log_prob(x) + 0.3 * path.running_cost + 0.7 * path.hjb
+    parameters = list(flow.parameters())
+    want = torch.autograd.grad((row * J).mean(), parameters)
+    with nullcontext() if kernel else native.using(None):
+        got = torch.autograd.grad(3 * flow.objective()(x, weights).total, parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, 3 * b, rtol=1e-11, atol=1e-11)
+
+
+# Probes
+
+
+def test_which_trace_training_uses():
+    assert OTFlow(2).train_trace == OTFlow(10).train_trace == OTFlow(8, 350).train_trace == "exact"
+    assert OTFlow(63, 512).train_trace == OTFlow(784, 256).train_trace == "probe"
+    assert OTFlow(63, 512, depth=1).train_trace == "exact"  # no inner layer
+    assert OTFlow(400, 4).train_trace == "exact"  # few neurons span few columns
+    flow = OTFlow(2, trace="probe")
+    assert (flow.train_trace, flow.hjb, flow.train_steps) == ("probe", 0.3, 6)
+    flow = OTFlow(2, trace="probe", hjb=0.2, train_steps=3)
+    assert (flow.hjb, flow.train_steps) == (0.2, 3)
+    flow = OTFlow(2, trace="exact")
+    assert (flow.hjb, flow.train_steps) == (0.1, 4)
+    for name, value in (("trace", "none"), ("trace_dtype", "float16")):
+        with pytest.raises(ArgumentError, match=f"`{name}` must be .*, got '{value}'"):
+            OTFlow(2, **{name: value})
+
+
+def test_settings_of_the_trace_are_kept():
+    """The numbers that `auto` stands for, so that a later rule changes no saved model."""
+    for flow in (OTFlow(63, 512), OTFlow(2, trace="probe", trace_dtype="bfloat16")):
+        again = OTFlow(**flow.config())
+        assert again.config() == flow.config()
+        assert flow.config()["trace"] == flow.train_trace == again.train_trace
+        assert again.trace_dtype == flow.trace_dtype
+        assert (again.hjb, again.train_steps) == (flow.hjb, flow.train_steps)
+
+
+def probing(**kwargs):
+    flow = some_flow(3, trace="probe", **kwargs)
+    flow.prepared.fill_(True)  # so that `prepare` leaves its weights
+    objective = flow.objective()
+    objective.prepare(Rows(torch.randn(100, 3)), generator(5))
+    return flow, objective, flow.sample(400, seed=0)
+
+
+def test_probes_train_on_an_unbiased_loss():
+    flow, objective, x = probing(train_steps=2)
+    assert objective.probe_seed > 0
+    exact = some_flow(3, trace="exact", train_steps=2, hjb=flow.hjb).objective()
+    parameters = list(flow.parameters())
+    draws = []
+    for _ in range(100):
+        grads = torch.autograd.grad(objective(x).total, parameters)
+        draws.append(torch.cat([g.flatten() for g in grads]))
+    grads = torch.autograd.grad(exact(x).total, list(exact.parameters()))
+    want, flat = torch.cat([g.flatten() for g in grads]), torch.stack(draws)
+    assert (flat.std(0) > 0).any()
+    error = (flat.mean(0) - want).norm() / (flat.var(0).sum() / 100).sqrt()
+    assert error < 2  # standard errors of the whole vector, about 1
+    assert (flat[0] - want).norm() > 3 * (flat.mean(0) - want).norm()
+
+
+def test_judges_do_not_use_probes():
+    """Validation, densities and a loss without gradients are exact, and draw nothing."""
+    flow, objective, x = probing()
+    exact = some_flow(3, trace="exact", train_steps=6, hjb=0.3)
+    before = objective.state()
+    assert torch.equal(objective.validate(x), exact.objective().validate(x))
+    assert torch.equal(flow.log_prob(x), exact.log_prob(x))
+    with torch.no_grad():
+        assert torch.equal(objective(x).total, exact.objective()(x).total)
+    assert objective.state() == before
+    assert objective(x).total != exact.objective()(x).total
+
+
+def test_probes_are_repeated_after_a_restart():
+    """From the state, bit for bit; each step and each seed has others."""
+    _, objective, x = probing()
+    objective(x)
+    state = objective.state()
+    losses = [objective(x).total.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    _, again, _ = probing()
+    again.restore(state)
+    assert [again(x).total.item() for _ in range(3)] == losses
+    assert again.state() == objective.state()
+    again.restore({**state, "probe_seed": state["probe_seed"] + 1})
+    assert again(x).total.item() not in losses
+
+
+def test_each_process_has_its_own_probes(monkeypatch):
+    _, objective, x = probing()
+    state, losses = objective.state(), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        objective.restore(state)
+        losses.append(objective(x).total.item())
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("trace", ["exact", "probe"])
+def test_low_precision_traces_train_only(trace):
+    low, full = (
+        some_flow(6, 32, trace=trace, hjb=0.3, train_steps=3, trace_dtype=dtype)
+        for dtype in ("bfloat16", None)
+    )
+    x = full.sample(300, seed=0)
+    assert torch.equal(low.log_prob(x), full.log_prob(x))
+    objectives = [flow.float().objective() for flow in (low, full)]
+    assert torch.equal(*(o.validate(x) for o in objectives))
+    losses = [o(x).total for o in objectives]
+    got, want = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(o.parameters()))])
+        for loss, o in zip(losses, objectives, strict=True)
+    )
+    assert 0 < (got - want).norm() < 3e-3 * want.norm()
+
+
+def test_saved_for_the_backward_pass():
+    """Of one training step, tensors of (batch, dim) and smaller; none of (batch, dim, width)."""
+    flow = some_flow(40, 32, trace="exact", train_steps=2)
+    objective, x = flow.objective(), torch.randn(300, 40).double()
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with native.using(None), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        objective(x)
+    assert max(sizes) <= 8 * 300 * (40 + 1)
+
+
 def test_a_finer_grid_judges():
     flow = some_flow(3, transport=0.2)
     objective, x = FlowObjective(flow), flow.sample(20, seed=0)
@@ -431,7 +580,9 @@ def test_adapt_stays_bounded():
     flow = some_flow(2, wild=30.0)
     objective = FlowObjective(flow)
     for _ in range(40):
-        objective.adapt(torch.randn(20, 2).double())
+        with pytest.raises(Distrust, match="grids differ by"):
+            objective.adapt(torch.randn(20, 2).double())
+        objective.caution()
     assert objective.steps == 16
     assert objective.hjb <= 1000 * objective.least_hjb * (1 + 1e-12)
 
@@ -611,7 +762,7 @@ def gaussian_rows(count, mu, S, seed):
 def test_gaussian_data_reach_the_relaxed_optimum(dim, w, steps):
     mu, S = moments(dim)
     rows, x = gaussian_rows(2**16, mu, S, seed=1), gaussian_rows(4096, mu, S, seed=2)
-    flow = OTFlow(dim, 32, transport=w, standardize=False, generator=generator())
+    flow = OTFlow(dim, 32, 2, transport=w, standardize=False, generator=generator())
     pl.fit(flow, rows, validation=x, max_steps=steps, patience=1000, progress=False)
     with torch.no_grad():
         z = flow.to_reference(x)

@@ -1,5 +1,6 @@
 """The potential and its closed-form derivatives against its definition, differentiated."""
 
+import math
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pathline.control import rollout
 from pathline.errors import ArgumentError, ShapeError
 from pathline.flows import OTFlow, Transport
 from pathline.nets import AutodiffPotential, Potential
+from pathline.nets.trace import TILE
 from plain import PlainPotential, random_potential
 
 NAMES = ("value", "grad", "dt", "laplacian")
@@ -122,12 +124,248 @@ def test_one_row_tiles_give_the_same(monkeypatch):
         )
 
     whole = trace_and_gradients()
-    monkeypatch.setattr("pathline.nets.trace.TILE", 1)
+    monkeypatch.setattr("pathline.nets.trace.TILE_ROWS", 1)
     for a, b in zip(trace_and_gradients(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr("pathline.nets.trace.TILE", 3 * 5 * 8)  # tiles of 3, 3 and 1 rows
+    monkeypatch.setattr("pathline.nets.trace.TILE_ROWS", 3)
     for a, b in zip(trace_and_gradients(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# The Laplacian's gradient, known before
+
+
+def losses_of(potential, context_dim=0, batch=6, evaluations=3, seed=3):
+    """Points, and the sum over evaluations of weight_e known . laplacian_e + other terms."""
+    torch.manual_seed(seed)
+    inputs = [points(batch, potential.dim, context_dim) for _ in range(evaluations)]
+    known, weights = torch.rand(batch).double() + 0.1, (0.7, -1.3, 0.2)
+
+    def loss(adjoint, factor=1.0):
+        bound, total = potential.bind(), 0.0
+        for weight, (x, t, context) in zip(weights, inputs, strict=True):
+            given = weight * known if adjoint else None
+            phi = bound(x, t, context, laplacian_adjoint=given)
+            total = total + factor * weight * (known * phi.laplacian).sum()
+            total = total + phi.grad.square().sum() + phi.dt.sum() * phi.value.mean()
+        return total
+
+    return loss, inputs
+
+
+@pytest.mark.parametrize("dim, width", [(3, 8), (1, 5), (9, 4)])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_known_adjoint_gives_the_gradients_of_autograd(depth, context_dim, dim, width):
+    potential = random_potential(dim, width, depth, context_dim=context_dim)
+    loss, inputs = losses_of(potential, context_dim)
+    wanted = [*potential.parameters()]
+    for x, t, context in inputs:
+        wanted += [x.requires_grad_(), t.requires_grad_()]
+        wanted += [] if context is None else [context.requires_grad_()]
+    for factor in (1.0, -3.0):
+        got, want = (loss(adjoint, factor) for adjoint in (True, False))
+        assert torch.equal(got, want)
+        got, want = (torch.autograd.grad(one, wanted) for one in (got, want))
+        for a, b in zip(got, want, strict=True):
+            close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("dim, width", [(2, 3), (4, 3)])
+def test_laplacian_can_be_differentiated_twice(dim, width):
+    potential = random_potential(dim, width)
+    x, t, _ = points(2, dim)
+
+    def laplacian(x, t):
+        return potential.derivatives(x, t).laplacian
+
+    assert torch.autograd.gradgradcheck(laplacian, (x.requires_grad_(), t.requires_grad_()))
+
+
+def test_known_adjoint_over_tiles(monkeypatch):
+    potential = random_potential(5, 8)
+    loss, _ = losses_of(potential, batch=7)
+    want = torch.autograd.grad(loss(True), list(potential.parameters()))
+    for rows, entries in ((1, 1), (3, 1), (3, 48), (1024, 200)):  # 2 and 3 columns at once
+        monkeypatch.setattr("pathline.nets.trace.TILE_ROWS", rows)
+        monkeypatch.setitem(TILE, "cpu", entries)
+        for a, b in zip(
+            torch.autograd.grad(loss(True), list(potential.parameters())), want, strict=True
+        ):
+            close(a, b, 1e-13)
+
+
+def test_known_adjoint_twice_backward():
+    potential = random_potential(3, 8)
+    total = losses_of(potential)[0](True)
+    parameters = list(potential.parameters())
+    first = torch.autograd.grad(total, parameters, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(total, parameters), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def known_laplacians(potential, evaluations=3):
+    x, t, _ = points(5, potential.dim)
+    known, bound = torch.rand(5).double() + 0.1, potential.bind()
+    return known, [bound(x, t, laplacian_adjoint=known).laplacian for _ in range(evaluations)]
+
+
+WRONG = r"`laplacian_adjoint` \(`adjoint` of a rollout\) must be the gradient of the loss"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda known, parts: sum(part.sum() for part in parts),  # another direction
+        lambda known, parts: sum((known * part).sum() for part in parts[:2]),  # one is left out
+        lambda known, parts: sum((i * known * part).sum() for i, part in enumerate(parts)),
+        lambda known, parts: sum((1 + 1e-5 * i) * (known @ part) for i, part in enumerate(parts)),
+        lambda known, parts: sum((known * part)[:4].sum() for part in parts),
+        lambda known, parts: sum((known * part.square()).sum() for part in parts),
+    ],
+    ids=["direction", "left out", "factors", "nearly", "rows", "nonlinear"],
+)
+def test_wrong_adjoint_raises(loss):
+    potential = random_potential(3, 8)
+    known, parts = known_laplacians(potential)
+    with pytest.raises(ArgumentError, match=WRONG):
+        loss(known, parts).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_known_adjoint_that_is_not_needed(dtype):
+    """Laplacians that are left out altogether, with the factor zero, or not a number."""
+    potential = random_potential(3, 8).to(dtype)
+    x, t, known = torch.randn(5, 3, dtype=dtype), torch.tensor(0.5, dtype=dtype), torch.ones(5)
+    K = potential.layers[1].weight
+    for factor in (0.0, math.nan):
+        parts = [potential.derivatives(x, t, laplacian_adjoint=known.to(dtype)) for _ in range(2)]
+        total = sum(factor * part.laplacian.sum() for part in parts)
+        (got,) = torch.autograd.grad(total, K)
+        assert torch.equal(got, torch.full_like(K, factor)) or got.isnan().all()
+    phi = potential.derivatives(x, t, laplacian_adjoint=known.to(dtype))
+    (got,) = torch.autograd.grad(phi.grad.sum(), K)
+    (want,) = torch.autograd.grad(potential.derivatives(x, t, laplacian=False).grad.sum(), K)
+    torch.testing.assert_close(got, want)
+    nothing = potential.derivatives(x, t, laplacian_adjoint=0 * known.to(dtype)).laplacian
+    (got,) = torch.autograd.grad((0 * nothing).sum(), K)
+    assert not got.any()
+    with torch.no_grad():
+        quiet = potential.derivatives(x, t, laplacian_adjoint=known.to(dtype)).laplacian
+    assert torch.equal(quiet, nothing) and not quiet.requires_grad
+
+
+def test_known_adjoint_can_not_be_differentiated_twice():
+    potential = random_potential(3, 8)
+    known, parts = known_laplacians(potential)
+    total = sum((known * part).sum() for part in parts)
+    with pytest.raises(ArgumentError, match="can't be differentiated again, so `create_graph`"):
+        torch.autograd.grad(total, list(potential.layers.parameters()), create_graph=True)
+
+
+def test_known_adjoint_keeps_little():
+    """What a backward pass needs grows with batch x width, and not with the columns."""
+    kept = {}
+    for dim in (8, 32):
+        potential = random_potential(dim, 16)
+        own = {p.data_ptr() for p in potential.parameters()}
+        sizes = []
+
+        def pack(tensor, own=own, sizes=sizes):
+            if tensor.data_ptr() not in own:
+                sizes.append(tensor.numel())
+            return tensor
+
+        x = torch.randn(200, dim).double()
+        t, known = torch.tensor(0.1).double(), torch.ones(200).double()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            potential.bind()(x, t, laplacian_adjoint=known)
+        kept[dim] = sum(sizes) - 2 * 200 * dim  # but for x and As, which belong to the gradient
+        assert max(sizes) <= 200 * 33
+    assert kept[32] < 1.2 * kept[8]
+
+
+# Fewer columns: the Gram form and probes
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("dim", [9, 40])
+def test_more_columns_than_neurons(dim, depth):
+    """Value and every gradient of the trace, from a basis with as many columns as neurons."""
+    potential = random_potential(dim, 6, depth)
+    x, t, _ = points(4, dim)
+    parameters = list(potential.parameters())
+    weight = torch.randn(4).double()
+    got = potential.derivatives(x, t).laplacian
+    want = PlainPotential(potential).derivatives(x, t)[3]
+    close(got, want)
+    losses = [(weight * q).sum() for q in (got, want)]
+    gradients = (torch.autograd.grad(one, parameters, allow_unused=True) for one in losses)
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b)
+
+
+def all_signs(dim):
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * dim).reshape(-1, dim)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: p, lambda p: AutodiffPotential(PlainPotential(p), p.dim)]
+)
+@pytest.mark.parametrize("dim", [1, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_probes_are_unbiased(depth, dim, make):
+    """The mean over all sign vectors is the Laplacian, and so are the gradients."""
+    potential = random_potential(dim, 6, depth)
+    x, t, _ = points(3, dim)
+    parameters = list(potential.layers.parameters())
+    model = make(potential)
+    estimates = torch.stack(
+        [model.derivatives(x, t, probe=e.expand(3, dim)).laplacian for e in all_signs(dim)]
+    )
+    exact = potential.derivatives(x, t).laplacian
+    close(estimates.mean(0), exact)
+    if dim > 1 and (depth > 1 or model is not potential):
+        assert (estimates - exact).abs().max() > 1e-3
+    else:
+        close(estimates[0], exact)
+    grads = (torch.autograd.grad(q.sum(), parameters) for q in (estimates.mean(0), exact))
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_each_row_has_its_own_probe(depth):
+    potential = random_potential(4, 6, depth)
+    x, t, _ = points(16, 4)
+    whole = potential.derivatives(x, t, probe=all_signs(4)).laplacian
+    for i, e in enumerate(all_signs(4)):
+        row = slice(i, i + 1)
+        close(potential.derivatives(x[row], t[row], probe=e[None]).laplacian, whole[row], 1e-13)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("probe", [False, True])
+def test_low_precision_products(depth, probe):
+    """Products in bfloat16 change the Laplacian and its gradients by no more than its rounding;
+    value, gradient and dt are left as they are."""
+    potential = random_potential(12, 32, depth).float()
+    torch.manual_seed(1)
+    x, t = torch.randn(200, 12), torch.tensor(0.4)
+    signs = 2.0 * torch.randint(0, 2, (200, 12)) - 1 if probe else None
+    results = []
+    for dtype in (None, torch.bfloat16):
+        phi = potential.bind(signs, dtype)(x, t)
+        grads = torch.autograd.grad(phi.laplacian.mean(), list(potential.layers.parameters()))
+        results.append((phi, torch.cat([g.flatten() for g in grads])))
+    (exact, want), (low, got) = results
+    assert torch.equal(low.grad, exact.grad) and torch.equal(low.value, exact.value)
+    assert low.laplacian.dtype == torch.float32
+    assert not torch.equal(low.laplacian, exact.laplacian)
+    assert (low.laplacian - exact.laplacian).norm() < 1e-3 * exact.laplacian.norm()
+    assert (got - want).norm() < 3e-3 * want.norm()
 
 
 def test_quadratic_potential():
@@ -159,7 +397,7 @@ def test_quadratic_potential():
 def test_published_parameter_counts(dim, width, count):
     potential = Potential(dim, width)
     assert sum(p.numel() for p in potential.parameters()) == count
-    flow = OTFlow(dim, width)
+    flow = OTFlow(dim, width, 2)
     assert sum(p.numel() for p in flow.parameters()) == count - 1  # c is a buffer there
     assert flow.potential.c.shape == ()
 

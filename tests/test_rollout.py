@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pathline.control import Problem, rollout
+from pathline import native
+from pathline.control import Adjoint, Problem, rollout
+from pathline.errors import ArgumentError, ShapeError
 from pathline.flows import Transport
 from pathline.nets import AutodiffPotential
 from plain import PlainPotential, random_potential
@@ -231,3 +233,76 @@ def test_unfinished_problem_says_what_is_missing(name):
     arguments = [torch.zeros(2, 1)] if name == "terminal_cost" else [torch.zeros(2, 1)] * 3
     with pytest.raises(NotImplementedError, match=f"Problem must define `{name}"):
         getattr(Problem(), name)(*arguments)
+
+
+def mean_gradients(potential, x, *, known, steps=3, factor=1.0, weights=None, **kwargs):
+    """Gradients of the loss with which a flow trains, through PyTorch."""
+    problem, weights = Transport(DIM), torch.ones(len(x)).double() if weights is None else weights
+    share = weights / len(x)
+    adjoint = Adjoint(share, 0.3 * share, -share, 0.2 * share) if known else None
+    with native.using(None):
+        path = rollout(problem, potential, x, steps=steps, adjoint=adjoint, **kwargs)
+        costs = problem.terminal_cost(path.z) - path.log_det
+        costs = costs + 0.3 * path.running_cost + 0.2 * path.hjb
+        wanted = [p for name, p in potential.named_parameters() if name != "c"]
+        return torch.autograd.grad(factor * (weights * costs).mean(), [x, *wanted])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"factor": 3.0}, {"start": 1.0, "stop": 0.2}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("width", [2, 8])  # fewer neurons than columns, and more
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_known_adjoint_of_the_log_determinant(x, depth, width, weighted, kwargs):
+    potential = random_potential(DIM, width, depth)
+    weights = torch.rand(len(x)).double() if weighted else None
+    x.requires_grad_()
+    got, want = (
+        mean_gradients(potential, x, known=known, weights=weights, **kwargs)
+        for known in (True, False)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_adjoint_of_the_log_determinant_raises(potential, x):
+    wrong = torch.linspace(1, 2, len(x), dtype=torch.float64)
+    with native.using(None):
+        path = rollout(Transport(DIM), potential, x, steps=2, adjoint=Adjoint(*[wrong] * 4))
+        with pytest.raises(ArgumentError, match=r"`adjoint` of a rollout\) must be the gradient"):
+            path.log_det.mean().backward()
+        with pytest.raises(ShapeError, match=r"`laplacian_adjoint` must be \(20,\), got \(1,\)"):
+            rollout(Transport(DIM), potential, x, steps=2, adjoint=Adjoint(*[wrong[:1]] * 4))
+
+
+def test_log_determinant_that_is_not_used(potential, x):
+    """The rest of the loss has its own gradient, whatever was said of the log-determinant."""
+    known = Adjoint(*[torch.ones(len(x), dtype=torch.float64)] * 4)
+    parameters = list(potential.layers.parameters())
+    with native.using(None):
+        got, want = (
+            torch.autograd.grad(
+                rollout(Transport(DIM), potential, x, steps=2, adjoint=adjoint).hjb.sum(),
+                parameters,
+            )
+            for adjoint in (known, None)
+        )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_probe_of_a_solve_is_the_same_at_all_times(x):
+    """The mean over all sign vectors is the exact log-determinant, and so are the gradients."""
+    potential = random_potential(DIM, 8)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * DIM)
+    exact = rollout(Transport(DIM), potential, x, steps=3)
+    paths = [rollout(Transport(DIM), potential, x, steps=3, probe=e.expand_as(x)) for e in signs]
+    assert all(torch.equal(path.z, exact.z) for path in paths)
+    mean = torch.stack([path.log_det for path in paths]).mean(0)
+    torch.testing.assert_close(mean, exact.log_det, rtol=1e-12, atol=1e-12)
+    assert (paths[0].log_det - exact.log_det).abs().max() > 1e-3
+    parameters = list(potential.layers.parameters())
+    grads = [torch.autograd.grad(q.square().sum(), parameters) for q in (mean, exact.log_det)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    with native.using(None), pytest.raises(ShapeError, match=r"`probe` must be \(20, 3\), got"):
+        rollout(Transport(DIM), potential, x, steps=3, probe=signs[0])

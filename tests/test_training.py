@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 import pathline as pl
 from pathline.errors import ArgumentError, DataError, ShapeError, TrainingError
 from pathline.flows import FlowObjective
-from pathline.train import Loss, Objective, Rows, files
+from pathline.train import Distrust, Loss, Objective, Rows, budget, files
+from pathline.train.muon import Muon, orthogonalize
+from pathline.train.trainer import Trainer
 from train_script import data as script_data
 from train_script import fit as script_fit
 
@@ -314,7 +317,8 @@ def test_run_folder(tmp_path):
     )
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["seed"] == 5
-    assert config["max_steps"] == 40
+    assert (config["max_steps"], config["pause_every"]) == (40, 10)
+    assert config["watched_rows"] == config["final_rows"] == 60
     assert config["versions"]["torch"] == torch.__version__
     assert config["versions"]["pathline"] == pl.__version__
     assert config["versions"].keys() >= {"python", "numpy"}
@@ -374,14 +378,139 @@ def test_bad_input_leaves_an_old_run_alone(tmp_path):
     assert same(pl.load(tmp_path), flow)
 
 
-def test_budget_becomes_steps_once(tmp_path, monkeypatch):
-    now = iter(range(10**6))  # a clock that ticks once for each look: a step takes one second
-    monkeypatch.setattr("pathline.train.trainer.time.perf_counter", lambda: float(next(now)))
-    _, run = train(out=tmp_path, max_steps=None, budget=50.0)
+def taken(plan, costs):
+    """Seconds that a run by this plan takes, counted part by part."""
+    pauses = sum(
+        step % plan.pause_every == 0 or step == plan.max_steps
+        for step in range(1, plan.max_steps + 1)
+    )
+    validation = costs.validation * plan.watched_rows
+    return (
+        plan.max_steps * costs.step
+        + validation
+        + pauses * (validation + costs.adapt + costs.save)
+        + budget.FINER * costs.finish * plan.final_rows
+        + costs.save
+    )
+
+
+@pytest.mark.parametrize("seconds", [2.0, 5.0, 60.0, 3600.0])
+@pytest.mark.parametrize("step", [2e-4, 1e-3, 2e-2])
+@pytest.mark.parametrize("finish", [1e-6, 1e-3])
+def test_plan_takes_its_budget(seconds, step, finish):
+    costs = budget.Costs(step, 2e-3 * step, step, 3e-3, finish)
+    plan = budget.within(seconds, costs, 10_000)
+    pause = costs.validation * plan.watched_rows + costs.adapt + costs.save
+    assert 0.95 * seconds - pause < taken(plan, costs) < 1.02 * seconds + step
+    assert plan.max_steps // plan.pause_every * pause <= 0.16 * seconds
+    assert 1_000 <= plan.watched_rows <= 5_000
+    assert plan.max_work == plan.max_steps
+
+
+def test_plan_of_plenty_is_the_plan_without_a_budget():
+    costs = budget.Costs(1e-3, 1e-6, 1e-3, 1e-3, 1e-5)
+    plenty = budget.within(1e6, costs, 10_000, most=3000)
+    assert replace(plenty, max_work=math.inf) == budget.course(3000, 10_000)
+    assert budget.course(3000, 10_000) == budget.Plan(3000, math.inf, 60, 5_000, 2_000)
+
+
+def test_plan_without_time_still_trains():
+    costs = budget.Costs(1.0, 1e-2, 1.0, 1.0, 1.0)
+    plan = budget.within(-1.0, costs, 70)
+    assert (plan.max_steps, plan.watched_rows, plan.final_rows) == (1, 70, 70)
+
+
+class Clocked(FlowObjective):
+    """On a clock that only its own work advances: a row takes a known time."""
+
+    effort_now = 1.0
+    now = 0.0
+
+    def forward(self, batch, weights=None):
+        Clocked.now += 1e-3 * len(batch) * self.effort_now
+        return super().forward(batch, weights)
+
+    def validate(self, batch):
+        Clocked.now += 1e-4 * len(batch) * self.effort_now
+        return super().validate(batch)
+
+    def adapt(self, batch):
+        Clocked.now += 1e-4 * len(batch) * self.effort_now
+
+    def finish(self, rows):
+        Clocked.now += 1e-3 * len(rows)
+        return {}
+
+    def effort(self):
+        return self.effort_now
+
+
+class Doubling(Clocked):
+    """Its work takes twice as long from the first adaption on, as a finer time grid would."""
+
+    def adapt(self, batch):
+        super().adapt(batch)
+        self.effort_now = 2.0
+        return "twice the work"
+
+    def state(self):
+        return super().state() | {"effort_now": self.effort_now}
+
+    def restore(self, state):
+        super().restore(state)
+        self.effort_now = state["effort_now"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(Clocked, "now", 0.0)
+    monkeypatch.setattr("pathline.train.trainer.time.perf_counter", lambda: Clocked.now)
+
+
+@pytest.mark.parametrize("kind", [Clocked, Doubling])
+@pytest.mark.parametrize("seconds", [10.0, 30.0])
+def test_budget_is_the_time_of_the_whole_call(tmp_path, clock, kind, seconds):
+    _, run = train(kind(new_flow()), out=tmp_path, max_steps=None, budget=seconds)
+    assert 0.85 * seconds < Clocked.now < 1.1 * seconds
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["settings"]["budget"] == 50.0
-    assert config["max_steps"] == run.steps
-    assert 15 <= run.steps <= 50
+    assert config["settings"]["budget"] == seconds
+    assert config["max_work"] == config["max_steps"]
+    assert config["watched_rows"] == config["final_rows"] == 60
+    if kind is Clocked:
+        assert run.steps == config["max_steps"]
+    else:
+        first = config["pause_every"]
+        assert run.steps == first + math.ceil((config["max_work"] - first) / 2)
+    steps = [entry["step"] for entry in run.history]
+    assert steps[-1] == run.steps
+
+
+@pytest.mark.parametrize("kind", [Clocked, Doubling])
+def test_resume_never_times_again(tmp_path, clock, monkeypatch, kind):
+    options = {"max_steps": None, "budget": 10.0}
+    whole, run = train(kind(new_flow()), out=tmp_path / "whole", **options)
+    config = (tmp_path / "whole" / "config.json").read_text()
+
+    class Stopping(kind):
+        def effort(self):
+            if len(self.seen) == run.steps // 2:
+                signal.raise_signal(signal.SIGINT)
+            self.seen.append(0)
+            return super().effort()
+
+    Clocked.now = 0.0
+    stopping = Stopping(new_flow())
+    stopping.seen = []
+    with pytest.raises(KeyboardInterrupt):
+        train(stopping, out=tmp_path / "parts", **options)
+    monkeypatch.setattr(Trainer, "_timed", None)
+    parts, again = train(kind(new_flow()), out=tmp_path / "parts", resume=True, **options)
+    assert same(whole, parts)
+    assert losses(run) == losses(again)
+    assert (tmp_path / "parts" / "config.json").read_text() == config
+
+
+def test_budget_with_a_limit_of_steps():
     _, capped = train(budget=1e9, max_steps=7)
     assert capped.steps == 7
 
@@ -557,6 +686,44 @@ class Failing(FlowObjective):
         return loss
 
 
+class Distrusting(FlowObjective):
+    """Distrusts the model at the calls in `at` of `adapt`."""
+
+    def __init__(self, flow, at):
+        super().__init__(flow)
+        self.asked, self.at = 0, at
+
+    def adapt(self, batch):
+        self.asked += 1
+        if self.asked in self.at:
+            raise Distrust("another grid says otherwise")
+        return super().adapt(batch)
+
+
+def test_distrust_goes_back_to_the_last_pause():
+    flow = new_flow()
+    objective = Distrusting(flow, {3})
+    _, run = train(objective)
+    assert run.steps == 40
+    (event,) = [event for event in run.events if "back to step" in event]
+    assert event == "step 30: another grid says otherwise; back to step 20, rate x 0.8"
+    assert objective.asked == 5  # at steps 10, 20, 30, 30 again and 40
+
+
+def test_lasting_distrust_ends_training_with_the_best_model_kept():
+    flow = new_flow()
+    with pytest.raises(TrainingError, match="8 times in a row at step 20"):
+        train(Distrusting(flow, set(range(2, 100))))
+    assert all(p.isfinite().all() for p in flow.parameters())
+
+
+def test_first_rate_is_the_callers_or_the_objectives(tmp_path):
+    for given, first in ((None, FlowObjective(new_flow()).default_rate(40)), (0.007, 0.007)):
+        train(learning_rate=given, out=tmp_path / str(given))
+        config = json.loads((tmp_path / str(given) / "config.json").read_text())
+        assert config["learning_rate"] == first
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_bad_loss_goes_back_with_a_smaller_rate(tmp_path, value):
     flow = new_flow()
@@ -565,7 +732,7 @@ def test_one_bad_loss_goes_back_with_a_smaller_rate(tmp_path, value):
     assert all(p.isfinite().all() for p in flow.parameters())
     (event,) = [event for event in run.events if "back to step" in event]
     assert event.startswith("step 25: the loss is not finite; back to step 20")
-    assert event.endswith("learning rate x 0.5")
+    assert event.endswith("rate x 0.5")
     assert json.loads((tmp_path / "metrics.json").read_text())["events"] == run.events
     rates = {entry["step"]: entry["learning_rate"] for entry in run.history}
     _, plain = train()
@@ -683,6 +850,65 @@ def test_full_disk_for_the_log_does_not_end_training(tmp_path, monkeypatch):
     _, run = train(out=tmp_path)
     assert run.steps == 40
     assert len(run.history) == 40
+
+
+# Optimisers
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (5, 9), (9, 5)])
+def test_orthogonalize_acts_on_singular_values_alone(shape):
+    """U p(S) V^T with the polynomial applied to numbers: an oracle by the SVD."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, *shape, dtype=torch.float64, generator=generator)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    want = u * s[:, None] @ vh
+    torch.testing.assert_close(orthogonalize(matrices), want, rtol=1e-10, atol=1e-12)
+    assert (s[:, : min(shape) - 2] - 1).abs().max() < 0.35  # but for the smallest
+
+
+def test_muon_is_the_one_of_torch():
+    """But for the precision: torch iterates in bfloat16, with 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 16), (6, 10), (16, 16)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in starts] for _ in range(2))
+    muon = Muon(ours)
+    muon.param_groups[0]["lr"] = 0.1
+    reference = torch.optim.Muon(
+        theirs, lr=0.1, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        muon.step()
+        reference.step()
+    for start, a, b in zip(starts, ours, theirs, strict=True):
+        momentum = [o.state[p]["momentum_buffer"] for o, p in ((muon, a), (reference, b))]
+        torch.testing.assert_close(*momentum)
+        assert (a - b).norm() < 0.03 * (a - start).norm()
+
+
+def test_muon_takes_equal_shapes_together_and_skips_what_has_no_gradient():
+    weights = [torch.nn.Parameter(torch.ones(4, 4).double()) for _ in range(3)]
+    muon = Muon(weights)
+    muon.param_groups[0]["lr"] = 0.5
+    for weight, scale in zip(weights[:2], (1.0, 2.0), strict=True):
+        weight.grad = scale * torch.eye(4).double()
+    muon.step()
+    value = orthogonalize(torch.eye(4).double()[None])[0, 0, 0]
+    want = 1 - 0.5 * 0.2 * 2 * value * torch.eye(4).double()  # whatever the size of the gradient
+    for weight in weights[:2]:
+        torch.testing.assert_close(weight.detach(), want)
+    assert torch.equal(weights[2], torch.ones(4, 4).double())
+
+
+def test_muon_refuses_vectors():
+    with pytest.raises(ArgumentError, match=r"`matrices` must be \(rows, columns\), got \(3,\)"):
+        Muon([torch.nn.Parameter(torch.ones(3))])
 
 
 # Objectives of one's own

@@ -36,6 +36,10 @@ class DataWarning(UserWarning):
     """The data can be used, but the user should know something about them."""
 
 
+class KernelWarning(UserWarning):
+    """The compiled kernel isn't there; PyTorch does its work."""
+
+
 class SolveWarning(UserWarning):
     """A solve or its gradient works, but the user should know something about it."""
 

@@ -33,14 +33,16 @@ class FlowDensity(DensityMixin, BaseEstimator):
 
     Args:
         width: neurons of each layer of the potential; chosen from the number of columns if None.
-        depth: layers of the potential.
+        depth: layers of the potential; chosen from the number of columns if None.
         transport: weight of the transport cost, against the likelihood.
-        hjb: weight of the Hamilton-Jacobi-Bellman residual, against the likelihood.
+        hjb: weight of the Hamilton-Jacobi-Bellman residual, against the likelihood; chosen by
+            `OTFlow` if None.
+        trace: how training computes the Laplacian: "exact", "probe" or "auto"; see `OTFlow`.
         standardize: work in coordinates of mean zero and covariance one.
         support: pairs (lower, upper), one for each column, infinite where free; None if all are.
         max_steps: training steps; chosen from the number of rows if None.
         batch_size: rows of a training step.
-        learning_rate: the first of a cosine schedule.
+        learning_rate: the first of a cosine schedule; chosen from the number of steps if None.
         patience: stop after this many validations without improvement, of about fifty.
         random_state: int, RandomState or None, as in scikit-learn; decides the rows held out for
             validation (a tenth), the initial weights and the batches.
@@ -70,14 +72,15 @@ class FlowDensity(DensityMixin, BaseEstimator):
         self,
         *,
         width: int | None = None,
-        depth: int = 2,
-        transport: float = 0.01,
-        hjb: float = 0.1,
+        depth: int | None = None,
+        transport: float = 0.003,
+        hjb: float | None = None,
+        trace: str = "auto",
         standardize: bool = True,
         support: Sequence[Bounds] | None = None,
         max_steps: int | None = None,
         batch_size: int = 512,
-        learning_rate: float = 0.03,
+        learning_rate: float | None = None,
         patience: int = 10,
         random_state: int | np.random.RandomState | None = None,
         verbose: bool = False,
@@ -86,6 +89,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
         self.depth = depth
         self.transport = transport
         self.hjb = hjb
+        self.trace = trace
         self.standardize = standardize
         self.support = support
         self.max_steps = max_steps
@@ -120,6 +124,7 @@ class FlowDensity(DensityMixin, BaseEstimator):
             _plain(self.depth),
             transport=self.transport,
             hjb=self.hjb,
+            trace=self.trace,
             standardize=self.standardize,
             support=self.support,
             generator=torch.Generator().manual_seed(seed),

@@ -30,12 +30,13 @@ def density(
     support: Columns = None,
     weights: str | None = None,
     width: Positive | None = None,
-    depth: Positive = 2,
-    transport: Weight = 0.01,
-    hjb: Weight = 0.1,
+    depth: Positive | None = None,
+    transport: Weight = 0.003,
+    hjb: Weight | None = None,
+    trace: Literal["auto", "exact", "probe"] = "auto",
     standardize: bool = True,
     batch_size: Positive = 512,
-    learning_rate: Seconds = 0.03,
+    learning_rate: Seconds | None = None,
     patience: Positive = 15,
     devices: Positive = 1,
     nodes: Positive = 1,
@@ -65,17 +66,19 @@ def density(
     width
         Neurons of each layer of the potential; chosen from the number of columns by default.
     depth
-        Layers of the potential.
+        Layers of the potential; chosen from the number of columns by default.
     transport
         Weight of the transport cost, against the likelihood.
     hjb
         Weight of the HJB residual, against the likelihood; training may raise it.
+    trace
+        How training computes the Laplacian: exactly, by random probes, or as is faster.
     standardize
         Work in coordinates of mean zero and covariance one.
     batch_size
         Rows of a training step, over all processes.
     learning_rate
-        The first of a cosine schedule.
+        The first of a cosine schedule; chosen from the number of steps by default.
     patience
         Stop after this many validations without improvement, of about fifty.
     devices
@@ -124,6 +127,7 @@ def density(
         depth,
         transport=transport,
         hjb=hjb,
+        trace=trace,
         standardize=standardize,
         support=bounds if support else None,
         generator=torch.Generator().manual_seed(run.seed),

@@ -32,7 +32,7 @@ class RunOptions:
     max_steps: Positive | None = None
     "Training steps; chosen from the number of rows by default."
     budget: Seconds | None = None
-    "Seconds of training, turned into a number of steps after a timed warm-up."
+    "Seconds for the whole training, turned into a number of steps after a timed warm-up."
     resume: Flag = False
     "Go on from the last checkpoint in the folder."
     overwrite: Flag = False

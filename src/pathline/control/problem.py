@@ -1,6 +1,7 @@
 """Optimal control problems."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,11 @@ class Problem:
 
     dim: int
     horizon: float = 1.0
+    is_transport = False  # f = u, L = |u|^2 / 2 and G = |z|^2 / 2 + constant; not inherited
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.is_transport = cls.__dict__.get("is_transport", False)
 
     def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         """f(t, z, u), (batch, dim)."""

@@ -2,17 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 
-from ..control import rollout
-from ..train import Loss, Objective, Rows
+from .. import native
+from ..control import Adjoint, rollout
+from ..control.rollout import kernel_serves
+from ..train import Distrust, Loss, Objective, Rows
 
 if TYPE_CHECKING:
     from .otflow import OTFlow
 
 MAX_STEPS = 16
-TOLERANCE = 0.005  # nats between the two grids
+TOLERANCE = 0.01  # nats between the two grids
+DISTRUST = 0.1  # nats: the grid was left so fast that finer ones would not bring the model back
 
 
 class FlowObjective(Objective):
@@ -20,7 +25,10 @@ class FlowObjective(Objective):
 
     With few fixed steps an optimiser can drive the discretised likelihood below the truth, by
     folds that the time grid does not see. So a finer grid judges: `validate` uses 2 nt + 1
-    steps where training uses nt, and `adapt` raises nt and rho while the two disagree.
+    steps where training uses nt, and `adapt` raises nt and rho while the two disagree; where they
+    disagree much, training goes back, since a fold does not unfold again.
+
+    Where the flow trains with probes, each step draws its own; whatever judges is exact.
 
     Source: Onken et al., OT-Flow (arXiv 2006.00104), equation (8), divided by their alpha_C.
     """
@@ -32,19 +40,44 @@ class FlowObjective(Objective):
         self.model = flow
         self.steps, self.least_steps = flow.train_steps, flow.train_steps
         self.hjb, self.least_hjb = flow.hjb, flow.hjb
+        self.kernel_threads: int | None = None
+        self.probe_seed, self.probes = 0, 0  # of all probes, and how many were drawn
 
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
-        y, _ = self.model.standardize(batch)
-        C, L, R = self._terms(y, self.steps)
-        J = C + self.model.transport * L + self.hjb * R
-        means = [v.mean() if weights is None else (v * weights.to(v)).mean() for v in (J, C, L, R)]
-        terms = dict(zip(("nll", "transport", "hjb"), (m.detach() for m in means[1:]), strict=True))
-        return Loss(means[0], terms)
+        flow = self.model
+        y, _ = flow.standardize(batch)
+        share = flow.cast(y.new_ones(len(y)) if weights is None else weights) / max(len(y), 1)
+        nll, transport, hjb = (
+            torch.stack(self._terms(y, self.steps, **self._training(share))) @ share
+        )
+        terms = {"nll": nll.detach(), "transport": transport.detach(), "hjb": hjb.detach()}
+        return Loss(nll + flow.transport * transport + self.hjb * hjb, terms)
 
-    def _terms(self, y: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _training(self, share: Tensor) -> dict[str, Any]:
+        """What a rollout may do differently because its gradient is wanted, and is known."""
+        flow = self.model
+        if not torch.is_grad_enabled():
+            return {}
+        return {
+            "adjoint": Adjoint(share, flow.transport * share, -share, self.hjb * share),
+            "probe": self._probe(len(share)) if flow.train_trace == "probe" else None,
+            "trace_dtype": flow.trace_dtype,
+        }
+
+    def _probe(self, rows: int) -> Tensor:
+        """The random signs of the next step, others in each process."""
+        started = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if started else 0
+        draws = np.random.default_rng((self.probe_seed, self.probes, rank))
+        self.probes += 1
+        signs = 2 * draws.integers(0, 2, (rows, self.model.dim), dtype=np.int8) - 1
+        return self.model.cast(torch.from_numpy(signs))
+
+    def _terms(self, y: Tensor, steps: int, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
         """C, L and R of each row of standardised data."""
         flow = self.model
-        path = rollout(flow.problem, flow.potential, flow.cast(y), steps=steps)
+        with native.threads(self.kernel_threads):
+            path = rollout(flow.problem, flow.potential, flow.cast(y), steps=steps, **training)
         assert not (path.log_det is None or path.running_cost is None or path.hjb is None)
         C = flow.problem.terminal_cost(path.z) - path.log_det
         return C, path.running_cost, path.hjb
@@ -62,15 +95,34 @@ class FlowObjective(Objective):
     def check(self, rows: Rows) -> None:
         self.model.check_rows(rows)
 
+    def effort(self) -> float:
+        return self.steps / self.least_steps
+
     def threads(self, rows: int) -> int | None:
+        if self._kernel_serves():
+            # The kernel has threads of its own; those of torch would wait busily in between.
+            self.kernel_threads = torch.get_num_threads()
+            return 1
         small = rows * self.model.potential.width * self.model.dim < 2**19
         return 1 if small else None  # the hand-over between threads would take longer
 
+    def _kernel_serves(self) -> bool:
+        phi = self.model.potential
+        return kernel_serves(phi, self.model.problem, phi.w, None, self.model.trace_dtype)
+
+    def choices(self) -> dict[str, Any]:
+        engine = native.instruction_set() if self._kernel_serves() else "PyTorch"
+        return {"trace": self.model.train_trace, "engine": engine}
+
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         self.model.prepare(rows, generator)
+        if self.model.train_trace == "probe":
+            self.probe_seed = int(torch.randint(2**62, (), generator=generator))
 
     def adapt(self, batch: Tensor) -> str | None:
         gap = (self.validate(batch) - self.judge(batch, self.steps)).mean().abs()
+        if gap > DISTRUST:
+            raise Distrust(f"grids differ by {gap:.4f} nats")
         if not gap <= TOLERANCE:
             self._refine()
         elif gap < TOLERANCE / 5 and self.steps > self.least_steps:
@@ -102,8 +154,14 @@ class FlowObjective(Objective):
     def default_steps(self, rows: int) -> int:
         return int(min(max(20 * rows**0.5, 200), 3000))
 
+    def default_rate(self, steps: int) -> float:
+        # Long runs at a high rate leave the grid; deep potentials do so sooner.
+        first = 0.02 if self.model.potential.depth > 2 else 0.03
+        return first * min(1.0, (2000 / steps) ** 0.5)
+
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "hjb": self.hjb}
+        return {name: getattr(self, name) for name in ("steps", "hjb", "probe_seed", "probes")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.steps, self.hjb = state["steps"], state["hjb"]
+        for name in self.state().keys() & state.keys():
+            setattr(self, name, state[name])

@@ -19,6 +19,9 @@ from .objective import FlowObjective
 from .standardize import Bounds, Standardize
 from .transport import Transport
 
+PROBE_GAIN = 5.0
+ELEMENTWISE = 100  # multiplications in the time of what else a neuron costs, measured
+
 
 class OTFlow(nn.Module):
     """An exact, invertible density model: dz/dt = -grad Phi(z, t) carries data to N(0, I).
@@ -31,15 +34,24 @@ class OTFlow(nn.Module):
     Args:
         dim: number of columns.
         width: neurons of each layer of Phi; chosen from `dim` by default.
-        depth: layers of Phi; 2 is the published network.
+        depth: layers of Phi; 3 for up to ten columns by default, else 2 like the published network.
         rank: rank of Phi's quadratic term.
         transport: weight w of the transport cost, against the likelihood.
-        hjb: weight rho of the HJB residual, against the likelihood; training may raise it.
-        train_steps: time steps in training; training may raise it.
+        hjb: weight rho of the HJB residual, against the likelihood; training may raise it. By
+            default 0.1, and 0.3 with probes, which need more of it.
+        train_steps: time steps in training; training may raise it. By default 4, and 6 with
+            probes.
         steps: time steps for densities and samples; `fit` chooses it.
         standardize: let `fit` set the affine coordinates in which the flow works.
         support: (lower, upper) of each column, None where free; None if all are free.
+        trace: how training computes the Laplacian of the inner layers: "exact", "probe" (one
+            random probe for each row and step, unbiased), or "auto", which turns to probes where
+            exact steps cost several times as much. Densities are always exact.
+        trace_dtype: "bfloat16" computes the matrix products of the inner layers' Laplacian in
+            that precision, in training only; fast where the processor has them.
         generator: source of the initial weights; torch's global one by default.
+
+    `train_trace` is the trace that training uses, "exact" or "probe".
 
     Raises:
         ArgumentError: an argument is out of range.
@@ -58,20 +70,36 @@ class OTFlow(nn.Module):
         self,
         dim: int,
         width: int | None = None,
-        depth: int = 2,
+        depth: int | None = None,
         *,
         rank: int = 10,
-        transport: float = 0.01,
-        hjb: float = 0.1,
-        train_steps: int = 4,
+        transport: float = 0.003,
+        hjb: float | None = None,
+        train_steps: int | None = None,
         steps: int = 16,
         standardize: bool = True,
         support: Sequence[Bounds] | None = None,
+        trace: str = "auto",
+        trace_dtype: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if width is None:
             width = 32 if dim <= 10 else 64 if dim <= 32 else 128
+        if depth is None:
+            depth = 3 if dim <= 10 else 2
+        self.potential = Potential(dim, width, depth, rank, generator=generator)
+        self.potential.hold_constant()
+        if trace not in ("auto", "exact", "probe"):
+            raise ArgumentError(f"`trace` must be 'auto', 'exact' or 'probe', got {trace!r}")
+        if trace_dtype not in (None, "bfloat16"):
+            raise ArgumentError(f"`trace_dtype` must be None or 'bfloat16', got {trace_dtype!r}")
+        self.train_trace = choose_trace(dim, width, depth) if trace == "auto" else trace
+        self.trace_dtype = None if trace_dtype is None else torch.bfloat16
+        # A probe's noise asks for a smoother solution.
+        probes = self.train_trace == "probe"
+        hjb = (0.3 if probes else 0.1) if hjb is None else hjb
+        train_steps = (6 if probes else 4) if train_steps is None else train_steps
         for name, count in (("train_steps", train_steps), ("steps", steps)):
             if not isinstance(count, int) or count < 1:
                 raise ArgumentError(f"`{name}` must be a positive integer, got {count!r}")
@@ -82,8 +110,6 @@ class OTFlow(nn.Module):
         self.transport, self.hjb, self.train_steps = float(transport), float(hjb), train_steps
         self.steps = steps
         self.standardizes = bool(standardize)
-        self.potential = Potential(dim, width, depth, rank, generator=generator)
-        self.potential.hold_constant()
         self.standardize = Standardize(dim, support)
         self.register_buffer("prepared", torch.tensor(False))
         self.problem = Transport(dim)
@@ -101,6 +127,8 @@ class OTFlow(nn.Module):
             "steps": self.steps,
             "standardize": self.standardizes,
             "support": self.standardize.bounds(),
+            "trace": self.train_trace,
+            "trace_dtype": None if self.trace_dtype is None else "bfloat16",
         }
 
     def forward(self) -> FlowDistribution:
@@ -290,6 +318,21 @@ class OTFlow(nn.Module):
         if not x.is_floating_point():
             x = x.to(torch.get_default_dtype())
         return x
+
+
+def choose_trace(dim: int, width: int, depth: int) -> str:
+    """ "probe" where an exact training step costs more than `PROBE_GAIN` times one with probes.
+
+    Counted in multiplications of matrix products for each row and evaluation; two of five
+    evaluations have a Laplacian, with one product for each of its columns.
+    """
+    inner = (depth - 1) * width**2
+    rest = 2 * (inner + width * dim) + ELEMENTWISE * depth * width
+
+    def step(columns: int) -> float:
+        return rest + 0.4 * columns * inner
+
+    return "probe" if step(min(dim, width)) > PROBE_GAIN * step(1) else "exact"
 
 
 def feature_scale(dim: int) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class Standardize(nn.Module):
         self.register_buffer("lower", lower.clone())
         self.register_buffer("upper", upper.clone())
         self.bounded = bool((lower.isfinite() | upper.isfinite()).any())
+        self._solved: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     def bounds(self) -> list[list[float | None]] | None:
         """(lower, upper) of each column, None where free; None if all columns are free."""
@@ -56,8 +58,19 @@ class Standardize(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates y of the rows of `x` (batch, dim), and log |det dy/dx| (batch,)."""
         x, log_slope = self.unbound(x.to(self.mean))
-        y = (x - self.mean) @ torch.linalg.inv(self.scale).mT
-        return y, log_slope - torch.linalg.slogdet(self.scale).logabsdet
+        inverse, log_det = self._inverse()
+        return (x - self.mean) @ inverse.mT, log_slope - log_det
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_solved": None}  # copies count their versions anew
+
+    def _inverse(self) -> tuple[Tensor, Tensor]:
+        """scale^-1 and log |det scale|, computed again when `scale` has changed."""
+        scale, kept = self.scale, self._solved
+        if kept is None or kept[0] is not scale or kept[1] != scale._version:
+            log_det = torch.linalg.slogdet(scale).logabsdet
+            kept = self._solved = scale, scale._version, torch.linalg.inv(scale), log_det
+        return kept[2], kept[3]
 
     def inverse(self, y: Tensor) -> Tensor:
         """The rows x of the coordinates `y`, (batch, dim)."""

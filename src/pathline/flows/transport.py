@@ -18,6 +18,8 @@ class Transport(Problem):
     Source: Onken et al., OT-Flow (arXiv 2006.00104), equations (4) to (8), with a_L = 1.
     """
 
+    is_transport = True
+
     def __init__(self, dim: int) -> None:
         self.dim = dim
 

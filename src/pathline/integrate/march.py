@@ -14,7 +14,7 @@ from .quadrature import Quadrature
 from .tableaus import RK4, Tableau
 
 Rates = dict[str, Tensor]
-RatedField = Callable[[Tensor, Tensor, bool], tuple[Tensor, Rates]]
+RatedField = Callable[[Tensor, Tensor, float | None], tuple[Tensor, Rates]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def march(
     depend on the integrals, so `Quadrature` needs few evaluations of the rates.
 
     Args:
-        field: callable `(t, z, node) -> (dz, rates)`; `t` is (), `z` and `dz` are (batch, dim).
-            `rates` is used where `node` is true: a dict of (batch,) integrands at (t, z).
+        field: callable `(t, z, weight) -> (dz, rates)`; `t` is (), `z` and `dz` are (batch, dim).
+            `rates` is a dict of (batch,) integrands at (t, z), which enter the integrals with
+            the factor `weight`; where `weight` is None they are not used.
         z0: (batch, dim).
         steps: number of steps, at least one.
         start, stop: times; `stop` may lie before `start`.
@@ -62,16 +63,18 @@ def march(
     names: list[str] = []
 
     def at(t: Tensor, z: Tensor, _: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        dz, rates = field(t, z, True)
+        dz, rates = field(t, z, next(weights))
         names[:] = rates
         return dz, tuple(rates.values())
 
+    rule = Quadrature(at, method, 4)
+    weights = rule.evaluation_weights(nodes.diff().tolist())
     path = FixedMarch(
         RungeKutta(method),
-        lambda t, z: field(t, z, False)[0],
+        lambda t, z: field(t, z, None)[0],
         Grid(nodes, method.c, z0),
         [()] * steps,
-        quadrature=Quadrature(at, method, 4) if quadrature else None,
+        quadrature=rule if quadrature else None,
     )
     state, zs = path.begin(z0), [z0]
     for n in range(steps):

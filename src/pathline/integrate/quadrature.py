@@ -1,6 +1,6 @@
 """Running quantities that do not feed back into the state: dI/dt = q(t, z, dz)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +45,17 @@ class Quadrature:
         self.tableau = tableau
         self.staged = tableau is not None and (order > 5 or (order > 4 and tableau.b_mid is None))
         self.points, self.weights = LOBATTO[2 if order <= 2 else 4 if order <= 4 else 6]
+
+    def evaluation_weights(self, lengths: Sequence[float]) -> Iterator[float]:
+        """What each evaluation of the rates counts in the integrals over steps of these lengths,
+        in the order of `FixedMarch`: the start, then of each step its end and its inner points."""
+        assert not self.staged, "the stages' own weights are not Lobatto's"
+        first, *inner, last = self.weights
+        yield first * lengths[0]
+        for dt, following in zip(lengths, [*lengths[1:], 0.0], strict=True):
+            yield last * dt + first * following
+            for weight in inner:
+                yield weight * dt
 
     def advance(
         self,

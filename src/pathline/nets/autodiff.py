@@ -1,6 +1,7 @@
 """Any scalar network as a potential."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ class AutodiffPotential(nn.Module):
             )
         return value
 
-    def bind(self) -> Callable[..., Derivatives]:
-        """`derivatives`; nothing can be computed once."""
-        return self.derivatives
+    def bind(
+        self, probe: Tensor | None = None, trace_dtype: torch.dtype | None = None
+    ) -> Callable[..., Derivatives]:
+        """`derivatives` with this probe, in the network's own precision."""
+        return partial(self.derivatives, probe=probe)
 
     def derivatives(
         self,
@@ -44,21 +47,34 @@ class AutodiffPotential(nn.Module):
         grad: bool = True,
         dt: bool = True,
         laplacian: bool = True,
+        laplacian_adjoint: Tensor | None = None,
+        probe: Tensor | None = None,
     ) -> Derivatives:
-        """As `Potential.derivatives`, by automatic differentiation."""
+        """As `Potential.derivatives`, by automatic differentiation.
+
+        With a probe e the Laplacian is e.(H e), H the Hessian; `laplacian_adjoint` saves nothing
+        here and is not used.
+        """
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_(True)
             times = t.expand(x.shape[0])
             times = times if times.requires_grad else times.detach().requires_grad_(True)
             phi = self(x, times, context)
+
+            def slope(y: Tensor) -> Tensor:
+                return gradient(self(y, times, context), y)
+
+            def trace() -> Tensor:
+                if probe is None:
+                    return divergence(slope, x)
+                return (gradient((slope(x) * probe).sum(1), x) * probe).sum(1)
+
             result = Derivatives(
                 value=phi if value else None,
                 grad=gradient(phi, x) if grad else None,
                 dt=gradient(phi, times) if dt else None,
-                laplacian=divergence(lambda y: gradient(self(y, times, context), y), x)
-                if laplacian
-                else None,
+                laplacian=trace() if laplacian else None,
             )
         if keep:
             return result

@@ -6,13 +6,13 @@ Source: Onken, Wu Fung, Li, Ruthotto, OT-Flow, AAAI 2021 (arXiv 2006.00104), sec
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError
-from .trace import log_cosh, residual_trace, residual_weight
+from .trace import InnerTraces, log_cosh
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Potential(nn.Module):
         grad: bool = True,
         dt: bool = True,
         laplacian: bool = True,
-        residual: Callable[[], Tensor] | None = None,
+        laplacian_adjoint: Tensor | None = None,
+        probe: Tensor | None = None,
     ) -> Derivatives:
         """Value, gradient, time derivative and Laplacian in one pass, exactly.
 
@@ -112,23 +113,68 @@ class Potential(nn.Module):
             t: time, () or (batch,).
             context: (batch, context_dim), or None if the potential has none.
             value, grad, dt, laplacian: which of them to compute.
-            residual: what `bind` keeps between evaluations.
+            laplacian_adjoint: the gradient that the loss will have with respect to the
+                Laplacian, (batch,), where it is known up to a factor: then a backward pass costs
+                no more products. It may be differentiated once.
+            probe: (batch, dim) of independent random signs, for an unbiased estimate of the
+                Laplacian. Only the inner layers are estimated, at the price of one column.
 
         Returns:
             `Derivatives`; each can be differentiated with respect to x, t, context and every
-            parameter. The Laplacian costs O(depth batch dim width^2) operations.
+            parameter. The Laplacian costs O(depth batch min(dim, width) width^2) operations.
 
         Raises:
             ShapeError: an argument is not shaped as above.
+            ArgumentError: in the backward pass, the gradient is not `laplacian_adjoint`.
         """
+        evaluate = self.bind(probe)
+        wanted = {"value": value, "grad": grad, "dt": dt, "laplacian": laplacian}
+        return evaluate(x, t, context, **wanted, laplacian_adjoint=laplacian_adjoint)
+
+    def bind(
+        self, probe: Tensor | None = None, trace_dtype: torch.dtype | None = None
+    ) -> Callable[..., Derivatives]:
+        """`derivatives` for many evaluations with the same parameters and the same `probe`.
+
+        What depends on these alone is computed once. Where the `laplacian_adjoint` of one is
+        given, all with one must be part of the loss, and with the same factor.
+
+        Args:
+            probe: as in `derivatives`.
+            trace_dtype: precision of the products of the inner layers' traces, such as
+                torch.bfloat16; sums are kept in the potential's.
+        """
+        first = self._linears()[0].weight[:, : self.dim]
+        traces = InnerTraces(self.inner_weights(), first, self.h, probe, trace_dtype)
+        return partial(self._derivatives, traces)
+
+    def _derivatives(
+        self,
+        traces: InnerTraces,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        *,
+        value: bool = True,
+        grad: bool = True,
+        dt: bool = True,
+        laplacian: bool = True,
+        laplacian_adjoint: Tensor | None = None,
+    ) -> Derivatives:
         s = self._stack(x, t, context)
+        for name, given, want in (
+            ("probe", traces.probe, x.shape),
+            ("laplacian_adjoint", laplacian_adjoint, x.shape[:1]),
+        ):
+            if given is not None and given.shape != want:
+                raise ShapeError(f"`{name}` must be {tuple(want)}, got {tuple(given.shape)}")
         first, *inner = self._linears()
         u, T = log_cosh(first(s))
         tanhs = [T]  # tanh(K_i u_{i-1} + b_i), i = 0..M
         for i, layer in enumerate(inner, start=1):
             if value or i < len(inner):
                 activation, T = log_cosh(layer(u))
-                u = u + self.h * activation
+                u = torch.add(u, activation, alpha=self.h)
             else:  # u_M enters the value only
                 T = torch.tanh(layer(u))
             tanhs.append(T)
@@ -138,47 +184,26 @@ class Potential(nn.Module):
         for T, layer in zip(reversed(tanhs[1:]), reversed(inner), strict=True):
             g = T * z
             if laplacian:
-                slopes.append(z - T * g)
-            z = z + self.h * (g @ layer.weight)  # z_i
+                slopes.append(torch.addcmul(z, T, g, value=-1))
+            z = torch.addmm(z, g, layer.weight, alpha=self.h)  # z_i
+        g = tanhs[0] * z
         As = s @ self.A.mT
         result: dict[str, Tensor] = {}
         if grad or dt:
-            grad_s = torch.addmm(self.b, tanhs[0] * z, first.weight) + As @ self.A
+            grad_s = torch.addmm(torch.addmm(self.b, g, first.weight), As, self.A)
             result["grad"], result["dt"] = grad_s[:, : self.dim], grad_s[:, self.dim]
         if value:
             result["value"] = u @ self.w + 0.5 * As.square().sum(1) + s @ self.b + self.c
         if laplacian:
-            slopes.append((1 - tanhs[0].square()) * z)
-            result["laplacian"] = self._laplacian(tanhs, slopes[::-1], residual)
+            slopes.append(torch.addcmul(z, tanhs[0], g, value=-1))
+            outer, *rest = slopes[::-1]
+            result["laplacian"] = (
+                outer @ first.weight[:, : self.dim].square().sum(1)
+                + self.A[:, : self.dim].square().sum()
+                + traces(tanhs, rest, laplacian_adjoint)
+            )
         wanted = {"value": value, "grad": grad, "dt": dt, "laplacian": laplacian}
         return Derivatives(**{name: result[name] for name, on in wanted.items() if on})
-
-    def bind(self) -> Callable[..., Derivatives]:
-        """`derivatives` with what depends on the parameters alone computed once, for many
-        evaluations with the same parameters."""
-        return partial(self.derivatives, residual=cache(self._residual_weight))
-
-    def _residual_weight(self) -> Tensor:
-        first, second = self._linears()
-        return residual_weight(second.weight, first.weight[:, : self.dim])
-
-    def _laplacian(
-        self, tanhs: list[Tensor], slopes: list[Tensor], residual: Callable[[], Tensor] | None
-    ) -> Tensor:
-        """Sum over layers of slope_i . |row of K_i J_{i-1}|^2, J_i the Jacobian of u_i in x."""
-        first, *inner = (layer.weight for layer in self._linears())
-        K0 = first[:, : self.dim]
-        total = slopes[0] @ K0.square().sum(1) + self.A[:, : self.dim].square().sum()
-        if len(inner) == 1:
-            B = (residual or self._residual_weight)()
-            return total + self.h * residual_trace(tanhs[0], slopes[1], B)
-        J = tanhs[0][:, None, :] * K0.mT  # (batch, dim, width)
-        for i, K in enumerate(inner, start=1):
-            P = J @ K.mT
-            total = total + self.h * (slopes[i] * P.square().sum(1)).sum(1)
-            if i < len(inner):
-                J = J + self.h * tanhs[i][:, None, :] * P
-        return total
 
     def _stack(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
         """s = (x, t, context), (batch, dim + 1 + context_dim)."""

@@ -38,8 +38,10 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     if size == "small":
         flow = OTFlow(dim, generator=generator)
     elif name == "electricity":
-        flow = OTFlow(dim, 128, transport=1 / 500, hjb=5 / 500, train_steps=10, generator=generator)
-        options |= {"batch_size": 10_000}
+        flow = OTFlow(
+            dim, 128, 2, transport=1 / 500, hjb=5 / 500, train_steps=10, generator=generator
+        )
+        options |= {"batch_size": 10_000, "learning_rate": 0.03}
         options["max_steps"] = options["max_steps"] or 36_000
     else:
         raise ArgumentError(f"ot-flow-{name} has no published setting; --size full does not exist")

@@ -42,7 +42,13 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     options: dict[str, Any] = asdict(arguments)
     if size == "full":
         flow = OTFlow(
-            2, 32, transport=1 / alpha_c, hjb=alpha_r / alpha_c, train_steps=steps, generator=start
+            2,
+            32,
+            2,
+            transport=1 / alpha_c,
+            hjb=alpha_r / alpha_c,
+            train_steps=steps,
+            generator=start,
         )
         options |= {"batch_size": batch, "learning_rate": rate}
         options["max_steps"] = options["max_steps"] or iterations

@@ -32,7 +32,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     batch_size: int = 512,
-    learning_rate: float = 0.03,
+    learning_rate: float | None = None,
     patience: int = 15,
     devices: int = 1,
     nodes: int = 1,
@@ -51,11 +51,15 @@ def fit(
         out: run folder for config.json, model/, checkpoint/, log.jsonl and metrics.json.
         seed: of everything random; the same seed on the same machine gives the same weights.
         max_steps: training steps; by default the objective's choice for the number of rows.
-        budget: seconds, turned into a number of steps once, after a timed warm-up.
+        budget: seconds for the whole call, once the data are checked. A timed warm-up turns them,
+            once, into a number of steps, and where time is short into fewer validations on fewer
+            rows; config.json and the checkpoint keep what was decided. Where the objective makes
+            its steps more expensive, each counts for more than one.
         resume: go on from the last checkpoint in `out`, bit for bit; start where there is none.
         overwrite: replace a run in `out`.
         batch_size: rows of a step, over all processes.
-        learning_rate: the first of a cosine schedule.
+        learning_rate: the first of a cosine schedule; by default the objective's choice for the
+            number of steps.
         patience: stop after this many validations without improvement, of about fifty.
         devices, nodes, strategy: processes for each machine, machines, and the strategy of
             Lightning Fabric, such as "ddp"; under torchrun they come from its environment.

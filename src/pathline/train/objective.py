@@ -15,6 +15,10 @@ class Loss(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class Distrust(Exception):
+    """Raised by `Objective.adapt` where the model has left what the objective can judge."""
+
+
 class Objective(nn.Module):
     """A module whose `forward(batch, weights) -> Loss` is trained by `fit`.
 
@@ -40,18 +44,37 @@ class Objective(nn.Module):
         """CPU threads that a step with so many rows can use; None for all."""
         return None
 
+    def choices(self) -> dict[str, Any]:
+        """What was chosen automatically, in words, for config.json."""
+        return {}
+
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         """Called once with the training rows before the first step."""
 
     def adapt(self, batch: Tensor) -> str | None:
-        """Called every few dozen steps with training rows; returns what it changed, in words."""
+        """Called every few dozen steps with training rows; returns what it changed, in words.
+
+        Raises:
+            Distrust: training should go back to where it was called last.
+        """
         return None
 
+    def effort(self) -> float:
+        """Cost of a step as things stand, over that of the first; a budget in seconds counts it.
+
+        Larger than one where `adapt` has made steps, validations and `finish` more expensive.
+        """
+        return 1.0
+
     def caution(self) -> None:
-        """Called after a divergence, when training goes on from the last good state."""
+        """Called after a divergence or `Distrust`, when training goes on from the last good
+        state."""
 
     def finish(self, rows: Rows) -> dict[str, Any]:
-        """Called once with the validation rows and the best model; returns metrics."""
+        """Called with validation rows and the best model; returns metrics.
+
+        A budget in seconds also calls it before training, with few rows, on a copy.
+        """
         return {}
 
     def inner_weights(self) -> list[Tensor]:
@@ -61,6 +84,10 @@ class Objective(nn.Module):
     def default_steps(self, rows: int) -> int:
         """Number of training steps when the caller names none."""
         return 1000
+
+    def default_rate(self, steps: int) -> float:
+        """First learning rate of so many steps when the caller names none."""
+        return 0.03
 
     def state(self) -> dict[str, Any]:
         """What `adapt` may change, JSON-safe, for the checkpoint."""

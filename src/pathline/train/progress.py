@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+REFRESH = 0.1  # seconds; drawing takes longer than a small step of training
+
 
 class Reporter:
     """Shows step, loss terms, steps per second and time left on standard error."""
@@ -25,6 +27,7 @@ class Reporter:
         self.next_line = done - done % self.every + self.every
         console = Console(stderr=True)
         self.bar: Progress | None = None
+        self.shown_at = -1.0
         if shown and console.is_terminal:
             self.bar = Progress(
                 SpinnerColumn(),
@@ -53,7 +56,11 @@ class Reporter:
         if not self.shown:
             return
         if self.bar:
-            rate = (step - self.start) / max(time.perf_counter() - self.started, 1e-9)
+            now = time.perf_counter()
+            if now < self.shown_at + REFRESH and step < self.total:
+                return
+            self.shown_at = now
+            rate = (step - self.start) / max(now - self.started, 1e-9)
             text = f"{_terms(entry)}  {rate:.1f} steps/s"
             self.bar.update(self.task, completed=step, description=text)
         elif step >= self.next_line or step == self.total:

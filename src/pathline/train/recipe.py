@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-MUON_RATE = 0.5  # with match_rms_adamw's 0.2 sqrt(width): a step of 0.1 sqrt(width) * rate
+from .muon import Muon
+
+MUON_RATE = 1.0  # of Adam's; Muon itself steps 0.2 sqrt(width) times its rate
 FINAL_RATE = 0.01  # of the first
 
 
@@ -20,22 +22,20 @@ def optimizers(module: nn.Module, inner: list[Tensor]) -> list[Optimizer]:
     rest = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
     found: list[Optimizer] = []
     if rest:
-        found.append(torch.optim.Adam(rest, betas=(0.9, 0.99)))
+        found.append(torch.optim.Adam(rest, betas=(0.9, 0.99), fused=True))
     if inner:
-        found.append(
-            torch.optim.Muon(inner, momentum=0.95, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
+        found.append(Muon(inner))
     return found
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:
     """Set Adam's learning rate to `rate`, and Muon's in proportion."""
     for optimizer in optimizers:
-        factor = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
+        factor = MUON_RATE if isinstance(optimizer, Muon) else 1.0
         for group in optimizer.param_groups:
             group["lr"] = factor * rate
 
 
-def cosine(step: int, total: int) -> float:
-    """From 1 at step 0 to `FINAL_RATE` at step `total`."""
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+def cosine(progress: float) -> float:
+    """From 1 at progress 0 to `FINAL_RATE` at progress 1."""
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))

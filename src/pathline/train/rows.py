@@ -1,6 +1,7 @@
 """Rows of an array in memory, on a GPU or memory-mapped from a file, with their weights."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ class Rows:
             raise ShapeError(f"`{name}` must be (rows, columns), got {tuple(values.shape)}")
         if 0 in values.shape:
             raise DataError(f"`{name}` is empty: {tuple(values.shape)}")
+        if isinstance(values, np.ndarray) and values.flags.writeable:
+            with suppress(TypeError, ValueError):  # such as a reversed array
+                values = torch.from_numpy(values)  # the same memory, and faster to index
         self.values, self.name = values, name
         self.weights = self._normalise(weights)
         for start, (x, _) in zip(range(0, len(self), BLOCK), self.blocks(), strict=True):

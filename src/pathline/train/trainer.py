@@ -8,10 +8,11 @@ import os
 import platform
 import signal
 import statistics
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,14 +24,16 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import ArgumentError, TrainingError
-from . import files, recipe
-from .objective import Objective
+from . import budget, files, recipe
+from .objective import Distrust, Loss, Objective
 from .progress import Reporter
 from .rows import Rows
 
-VALIDATION_ROWS = 5_000  # watched during training
+CHECKPOINT = Path("checkpoint", "state.safetensors")  # in the folder of a run
 CHECK_ROWS = 1_024  # given to `Objective.adapt`
 RETREATS = 8  # divergences in a row before training gives up
+WARM_UP = 0.03  # of the budget, for timing steps
+REHEARSED_ROWS = 100  # of `Objective.finish`
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Settings:
     max_steps: int | None
     budget: float | None
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
     patience: int
 
 
@@ -65,7 +68,13 @@ class Standing:
     """Where training stands; with the tensors, all that a checkpoint holds."""
 
     max_steps: int = 0
+    max_work: float = math.inf  # this and the next three: as in `budget.Plan`
+    pause_every: int = 0
+    learning_rate: float = 0.0  # the first
+    watched_rows: int = 0
+    final_rows: int = 0
     step: int = 0
+    work: float = 0.0
     seconds: float = 0.0
     first_loss: float = math.inf
     least_loss: float = math.inf  # where training paused
@@ -78,6 +87,10 @@ class Standing:
     finished: str = ""
     objective: dict[str, Any] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
+
+    def progress(self) -> float:
+        """From 0 to 1 at the end."""
+        return max(self.step / self.max_steps, self.work / self.max_work)
 
 
 class Trainer:
@@ -111,7 +124,6 @@ class Trainer:
         self.leader = self.fabric.is_global_zero
         self.generator = torch.Generator().manual_seed(settings.seed + 1)
         self.at = Standing()
-        self.watched = held.subset(torch.arange(min(len(held), VALIDATION_ROWS)))
         self.best: dict[str, Tensor] = {}  # weights of the best model
         self.history: list[dict[str, float]] = []
         self.interrupted = threading.Event()
@@ -127,33 +139,40 @@ class Trainer:
         metadata: dict[str, Any],
     ) -> Run:
         """Train, and leave the best weights in the objective's model."""
+        self.started = time.perf_counter()
         self.folder, self.metadata = folder, metadata
+        self.threads = torch.get_num_threads()
         with _threads(self.objective.threads(self.settings.batch_size)):
             return self._run(folder, resume, shown, tensorboard)
 
     def _run(self, folder: Path | None, resume: bool, shown: bool, tensorboard: bool) -> Run:
         home = next(self.objective.parameters()).device
         config = self._config() if folder else {}
-        found = files.read_checkpoint(self._checkpoint_path) if folder and resume else None
+        found = files.read_checkpoint(folder / CHECKPOINT) if folder and resume else None
         if found:
             self._check_same_run(config)
         self.objective.to(self.fabric.device)
         if not found:
             self.objective.prepare(self.rows, self.generator)
         self.optimizers = recipe.optimizers(self.objective, self.objective.inner_weights())
-        self.module, *self.wrapped = self.fabric.setup(self.objective, *self.optimizers)
+        self._set_up()
         if found:
             tensors, standing = found
-            self.at = Standing(**standing)
+            plan = asdict(budget.course(standing["max_steps"], len(self.held)))
+            plan["learning_rate"] = self._first_rate(plan["max_steps"])
+            self.at = Standing(**plan | standing)  # a checkpoint of 0.1.0 knows only its steps
             self._set_tensors(tensors)
             self.generator.set_state(tensors["generator"])
         else:
-            self.at.max_steps = self._choose_steps()
-            if not math.isfinite(self._validate()):
-                raise TrainingError("the validation loss is not finite before training begins")
+            plan = asdict(self._plan())
+            plan["learning_rate"] = self._first_rate(plan["max_steps"])
+            vars(self.at).update(plan)
+        self.watched = self._head(self.held, self.at.watched_rows)
+        if not found and not math.isfinite(self._validate()):
+            raise TrainingError("the validation loss is not finite before training begins")
         self.good = self._snapshot()
         if folder and self.leader:
-            files.write_json(folder / "config.json", config | {"max_steps": self.at.max_steps})
+            files.write_json(folder / "config.json", config | {k: vars(self.at)[k] for k in plan})
             self._trim_log()
         self.reporter = Reporter(self.at.max_steps, shown=shown and self.leader, done=self.at.step)
         with (
@@ -173,25 +192,38 @@ class Trainer:
             metrics, folder,
         )  # fmt: skip
 
+    def _set_up(self) -> None:
+        """Let Fabric wrap module and optimisers where there are several processes.
+
+        A single one does without: the wrappers take longer than a small step.
+        """
+        self.parameters = list(self.objective.parameters())
+        self.module: Callable[..., Loss] = self.objective
+        self.wrapped: list[Any] = self.optimizers
+        if self.fabric.world_size > 1:
+            self.module, *self.wrapped = self.fabric.setup(self.objective, *self.optimizers)
+
     def _loop(self) -> bool:
         """Train to the end; true if the user interrupted it."""
-        at, total = self.at, self.at.max_steps
-        log_every, pause_every = max(1, total // 200), max(10, min(100, total // 50))
+        at = self.at
+        log_every = max(1, at.max_steps // 200)
         clock = time.perf_counter()
         while not at.finished:
-            rate = at.shrink * recipe.cosine(at.step, total) * self.settings.learning_rate
-            loss, terms = self._step(rate)
-            figure, stop = self._agree(loss)
+            rate = at.shrink * recipe.cosine(at.progress()) * at.learning_rate
+            loss, share = self._step(rate)
+            figure, stop = self._agree(loss.total.detach() * share)
             at.step += 1
+            at.work += self.objective.effort()
+            last = at.progress() >= 1
             if at.step == 1:
                 at.first_loss = figure
             at.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
-            if math.isfinite(figure) and (at.step % log_every == 0 or at.step == total):
-                self._log(figure, terms, rate)
+            if math.isfinite(figure) and (at.step % log_every == 0 or last):
+                self._log(figure, {k: v * share for k, v in loss.terms.items()}, rate)
             if not math.isfinite(figure):
                 self._retreat("the loss is not finite")
-            elif at.step % pause_every == 0 or at.step == total:
+            elif at.step % at.pause_every == 0 or last:
                 self._pause(figure)
             if self.history:
                 self.reporter.update(at.step, self.history[-1])
@@ -200,8 +232,9 @@ class Trainer:
                 return True
         return False
 
-    def _step(self, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the optimisers; loss and terms of this process's share of the batch."""
+    def _step(self, rate: float) -> tuple[Loss, float]:
+        """One step of the optimisers; the loss of this process's rows, and its factor in the mean
+        over processes."""
         recipe.set_rate(self.optimizers, rate)
         whole, world = self._draw(self.settings.batch_size), self.fabric.world_size
         index = whole[self.fabric.global_rank :: world]
@@ -209,13 +242,16 @@ class Trainer:
         batch, weights = self.rows.take(index)
         batch = batch.to(self.fabric.device)
         weights = None if weights is None else weights.to(self.fabric.device)
-        for optimizer in self.wrapped:
-            optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         loss = self.module(batch, weights)
-        self.fabric.backward(loss.total * share)
+        if world == 1:
+            loss.total.backward()
+        else:
+            self.fabric.backward(loss.total * share)
         for optimizer in self.wrapped:
             optimizer.step()
-        return loss.total.detach() * share, {k: v * share for k, v in loss.terms.items()}
+        return loss, share
 
     def _draw(self, size: int) -> Tensor:
         """Indices of `size` random training rows, or of all if there are no more."""
@@ -246,29 +282,43 @@ class Trainer:
             return self._retreat(f"the loss rose to {loss:.4g}")
         if not math.isfinite(self._validate()):
             return self._retreat("the validation loss is not finite")
+        try:
+            message = self._adapt()
+        except Distrust as reason:
+            return self._retreat(str(reason), shrink=0.8)
         at.least_loss = min(at.least_loss, loss)
         at.retreats = 0
-        index = self._draw(CHECK_ROWS)
-        message = self.objective.adapt(self.rows.take(index)[0].to(self.fabric.device))
         if message:
             self._event(f"step {at.step}: {message}")
-        if at.step >= at.max_steps:
+        if at.progress() >= 1:
             at.finished = "steps"
         elif at.stale >= self.settings.patience:
             at.finished = "early"
         self.good = self._snapshot()
         self._checkpoint(self.good)
 
-    def _validate(self) -> float:
-        """Mean of the objective's figure over the watched rows; remembers the best model."""
-        at, device = self.at, self.fabric.device
-        index = torch.arange(self.fabric.global_rank, len(self.watched), self.fabric.world_size)
+    def _try_adapt(self) -> None:
+        with suppress(Distrust):
+            self._adapt()
+
+    def _adapt(self) -> str | None:
+        batch, _ = self.rows.take(self._draw(CHECK_ROWS))
+        return self.objective.adapt(batch.to(self.fabric.device))
+
+    def _judge(self, rows: Rows) -> float:
+        """Mean of the objective's figure over `rows`, each process taking its part."""
+        device = self.fabric.device
+        index = torch.arange(self.fabric.global_rank, len(rows), self.fabric.world_size)
         total = torch.zeros((), dtype=torch.float64, device=device)
         if len(index):
-            x, w = self.watched.take(index)
+            x, w = rows.take(index)
             values = self.objective.validate(x.to(device)).double()
             total = (values if w is None else values * w.to(values)).sum()
-        value = self._mean(total).item() * self.fabric.world_size / len(self.watched)
+        return self._mean(total).item() * self.fabric.world_size / len(rows)
+
+    def _validate(self) -> float:
+        """Judge by the watched rows; remember the best model."""
+        at, value = self.at, self._judge(self.watched)
         at.validation = value
         if value < at.best:
             at.best, at.best_step, at.stale = value, at.step, 0
@@ -277,11 +327,11 @@ class Trainer:
             at.stale += 1
         return value
 
-    def _retreat(self, reason: str) -> None:
-        """Back to the last good state with half the learning rate."""
+    def _retreat(self, reason: str, shrink: float = 0.5) -> None:
+        """Back to the last good state with a smaller learning rate."""
         at, step = self.at, self.at.step
-        kept: dict[str, Any] = {"retreats": at.retreats + 1, "shrink": 0.5 * at.shrink}
-        kept |= {"events": at.events, "seconds": at.seconds}
+        kept: dict[str, Any] = {"retreats": at.retreats + 1, "shrink": shrink * at.shrink}
+        kept |= {"events": at.events, "seconds": at.seconds, "work": at.work}
         if at.retreats >= RETREATS:
             self.objective.model.load_state_dict(self.best)
             raise TrainingError(
@@ -295,24 +345,68 @@ class Trainer:
         if self.folder and self.leader:
             self._rewrite_log()
         self.objective.caution()
-        self._event(f"step {step}: {reason}; back to step {at.step}, learning rate x {at.shrink:g}")
+        self._event(f"step {step}: {reason}; back to step {at.step}, rate x {at.shrink:.3g}")
 
-    def _choose_steps(self) -> int:
-        budget, steps = self.settings.budget, self.settings.max_steps
-        if budget is None:
-            return steps or self.objective.default_steps(len(self.rows))
-        _, tensors = self._snapshot()
-        seconds = []
-        for _ in range(12):
-            clock = time.perf_counter()
-            self._step(self.settings.learning_rate)
-            seconds.append(time.perf_counter() - clock)
+    def _first_rate(self, steps: int) -> float:
+        return self.settings.learning_rate or self.objective.default_rate(steps)
+
+    def _plan(self) -> budget.Plan:
+        seconds, steps, rows = self.settings.budget, self.settings.max_steps, len(self.held)
+        if seconds is None:
+            steps = steps or self.objective.default_steps(len(self.rows))
+            return budget.course(steps, rows)
+        costs = self._rehearse(seconds)
+        left = seconds - self._slowest(time.perf_counter() - self.started)
+        return budget.within(left, costs, rows, steps)
+
+    def _rehearse(self, seconds: float) -> budget.Costs:
+        """Time the parts of training, and leave no trace."""
+        standing, tensors = self._snapshot()
+        steps: list[float] = []
+        while len(steps) < 3 or (len(steps) < 50 and sum(steps) < WARM_UP * seconds):
+            steps.append(self._timed(lambda: self._step(self._first_rate(1000))))
+        few = self._head(self.held, budget.FEWEST_ROWS)
+        validation = self._timed(lambda: self._judge(few)) / len(few)
+        adapt = self._timed(self._try_adapt)
+        save = self._timed(self._rehearse_save)
+        few = self._head(self.held, REHEARSED_ROWS)
+        copied = copy.deepcopy(self.objective)
+        finish = self._timed(lambda: copied.finish(few)) / len(few)
+        self.at = standing
         self._set_tensors(tensors)
         self.generator.set_state(tensors["generator"])
-        # Validation, and the finer time grids that training may turn to, take their share.
-        share = torch.tensor(0.6 * budget / statistics.median(seconds[2:]))
-        affordable = int(self._mean(share.to(self.fabric.device)).item())
-        return max(1, min(affordable, steps or affordable))
+        return budget.Costs(statistics.median(steps[1:]), validation, adapt, save, finish)
+
+    def _rehearse_save(self) -> None:
+        self.best = _clone(self.objective.model.state_dict())
+        snapshot = self._snapshot()
+        if self.folder and self.leader:
+            (self.folder / "checkpoint").mkdir(exist_ok=True)
+            with (
+                suppress(OSError),
+                tempfile.TemporaryDirectory(dir=self.folder / "checkpoint") as folder,
+            ):
+                self._save(Path(folder), snapshot, best=True)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        """Seconds that `work` takes in the slowest process."""
+        clock = time.perf_counter()
+        work()
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._slowest(time.perf_counter() - clock)
+
+    def _slowest(self, seconds: float) -> float:
+        if self.fabric.world_size == 1:
+            return seconds
+        every = torch.tensor(seconds, device=self.fabric.device)
+        result = self.fabric.all_reduce(every, reduce_op="max")
+        assert isinstance(result, Tensor)
+        return result.item()
+
+    @staticmethod
+    def _head(rows: Rows, count: int) -> Rows:
+        return rows.subset(torch.arange(min(len(rows), count)))
 
     def _finish(self) -> dict[str, Any]:
         at = self.at
@@ -323,7 +417,7 @@ class Trainer:
             "seconds": round(at.seconds, 3),
             "stopped": at.finished,
             "events": at.events,
-            **self.objective.finish(self.held),
+            **self.objective.finish(self._head(self.held, at.final_rows)),
         }
         if self.folder and self.leader:
             files.save(self.objective.model, self.folder / "model", metadata=self.metadata)
@@ -331,11 +425,6 @@ class Trainer:
         return metrics
 
     # Saving and restoring
-
-    @property
-    def _checkpoint_path(self) -> Path:
-        assert self.folder
-        return self.folder / "checkpoint" / "state.safetensors"
 
     def _snapshot(self) -> tuple[Standing, dict[str, Tensor]]:
         """All that training needs to go on from here."""
@@ -358,24 +447,28 @@ class Trainer:
     def _checkpoint(self, snapshot: tuple[Standing, dict[str, Tensor]]) -> None:
         if not (self.folder and self.leader):
             return
-        standing, tensors = snapshot
+        best = self.at.best_step == self.at.step or not (self.folder / "model").exists()
         try:
-            files.write_checkpoint(self._checkpoint_path, tensors, asdict(standing))
-            if self.at.best_step == self.at.step or not (self.folder / "model").exists():
-                self._write_best()
+            self._save(self.folder, snapshot, best=best)
         except OSError as error:
             self._event(
                 f"step {self.at.step}: the checkpoint can't be written ({error}); the previous "
                 "one is kept"
             )
 
-    def _write_best(self) -> None:
-        assert self.folder
+    def _save(
+        self, folder: Path, snapshot: tuple[Standing, dict[str, Tensor]], *, best: bool
+    ) -> None:
+        """Write the checkpoint, and the best model if `best`."""
+        standing, tensors = snapshot
+        files.write_checkpoint(folder / CHECKPOINT, tensors, asdict(standing))
+        if not best:
+            return
         model = self.objective.model
         now = _clone(model.state_dict())
         model.load_state_dict(self.best)
         try:
-            files.save(model, self.folder / "model", metadata=self.metadata)
+            files.save(model, folder / "model", metadata=self.metadata)
         finally:
             model.load_state_dict(now)
 
@@ -393,7 +486,8 @@ class Trainer:
                 "validation_sha256": _digest(self.held),
             },
             "processes": self.fabric.world_size,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
+            "choices": self.objective.choices(),
             "device": str(self.fabric.device),
             "versions": {
                 "pathline": __version__,
