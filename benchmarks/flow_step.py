@@ -1,7 +1,15 @@
 """Time of one training step and of one log-density evaluation of OT-Flow.
 
-Prints each as a ratio to the bare matrix products of the same evaluations, measured in the same
-run, and to a plain implementation with per-sample Jacobians and automatic differentiation.
+Each variant has the same potential, rows and time steps, and is measured in the same run:
+
+- kernel: Pathline's objective by the compiled kernel; PyTorch: the same without it.
+- probe: the same with one random probe in place of the exact trace, by the kernel.
+- published: the authors' algorithm in plain PyTorch (peers/published_otflow.py): per-sample
+  Jacobians, four Laplacians for each time step, automatic differentiation.
+- products: the bare matrix products of one evaluation of our objective, by PyTorch; a step with
+  its gradient needs three times as many.
+
+Memory is what autograd keeps for the backward pass of one step (saved tensors).
 
     python benchmarks/flow_step.py [--repeats 5] [--threads N] [--out FILE.json]
 """
@@ -15,58 +23,55 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peers.published_otflow import PublishedOTFlow
 from torch import Tensor
 
 import pathline as pl
+import pathline.native
 
-# dim, width, rows, time steps that are timed (cost is linear in them), rows of the plain version
+# dim, width, rows, time steps that are timed (cost is linear in them)
 SHAPES = {
-    "toy": (2, 32, 2048, 8, 2048),
-    "POWER": (6, 128, 2000, 2, 2000),
-    "MINIBOONE": (43, 256, 2000, 1, 2000),
-    "BSDS300": (63, 512, 300, 1, 300),
+    "toy": (2, 32, 2048, 8),
+    "POWER": (6, 128, 2000, 2),
+    "MINIBOONE": (43, 256, 2000, 1),
+    "BSDS300": (63, 512, 300, 1),
 }
 
 
-def plain_loss(flow: pl.flows.OTFlow, y: Tensor, steps: int) -> Tensor:
-    """The objective as one writes it down: log-cosh by its formula, (batch, width, dim) Jacobians
-    and Laplacians at all four stages, derivatives of everything by automatic differentiation."""
+def published(flow: pl.flows.OTFlow, quadrature: str) -> PublishedOTFlow:
+    """The authors' algorithm with the weights of `flow`."""
     phi = flow.potential
-    first, second = phi.layers
-    K0 = first.weight[:, : phi.dim]
+    alphas = (flow.transport, 1.0, flow.hjb)
+    plain = PublishedOTFlow(phi.dim, phi.width, len(phi.A), alphas, quadrature)
+    plain.potential.load_state_dict(phi.state_dict())
+    return plain
 
-    def rates(t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s = torch.cat([z, t.expand(len(z), 1)], 1)
-        opening = first(s)
-        u = opening.abs() + torch.log1p(torch.exp(-2 * opening.abs()))
-        inner = second(u)
-        z1 = phi.w + (torch.tanh(inner) * phi.w) @ second.weight
-        grad = (torch.tanh(opening) * z1) @ first.weight + (s @ phi.A.mT) @ phi.A + phi.b
-        J = torch.tanh(opening)[:, :, None] * K0
-        P = second.weight @ J
-        laplacian = (
-            ((1 - torch.tanh(opening) ** 2) * z1 * K0.square().sum(1)).sum(1)
-            + ((1 - torch.tanh(inner) ** 2) * phi.w * P.square().sum(2)).sum(1)
-            + phi.A[:, : phi.dim].square().sum()
-        )
-        dz = -grad[:, : phi.dim]
-        cost = 0.5 * dz.square().sum(1)
-        return dz, -laplacian, cost, (grad[:, phi.dim] - cost).abs()
 
-    h, z = 1 / steps, y
-    sums = [torch.zeros(len(y)) for _ in range(3)]
-    for n in range(steps):
-        t = torch.tensor(n * h)
-        k1 = rates(t, z)
-        k2 = rates(t + h / 2, z + h / 2 * k1[0])
-        k3 = rates(t + h / 2, z + h / 2 * k2[0])
-        k4 = rates(t + h, z + h * k3[0])
-        z = z + h / 6 * (k1[0] + 2 * k2[0] + 2 * k3[0] + k4[0])
-        for i in range(3):
-            sums[i] = sums[i] + h / 6 * (k1[i + 1] + 2 * k2[i + 1] + 2 * k3[i + 1] + k4[i + 1])
-    log_det, cost, hjb = sums
-    nll = flow.problem.terminal_cost(z) - log_det
-    return (nll + flow.transport * cost + flow.hjb * hjb).mean()
+def gradient_difference(flow: pl.flows.OTFlow, y: Tensor, steps: int) -> float:
+    """Relative difference to the plain gradient, in single precision, with one quadrature."""
+    plain = published(flow, "simpson")
+    theirs = torch.autograd.grad(plain.loss(y, steps), list(plain.potential.parameters()))
+    wanted = dict(zip((n for n, _ in plain.potential.named_parameters()), theirs, strict=True))
+    named = dict(flow.potential.named_parameters())
+    mine = torch.autograd.grad(flow.objective()(y.double()).total, list(named.values()))
+    pairs = [(g, wanted[name]) for name, g in zip(named, mine, strict=True)]
+    difference = sum((a - b).square().sum() for a, b in pairs).sqrt()
+    return (difference / sum(b.square().sum() for _, b in pairs).sqrt()).item()
+
+
+def saved_bytes(loss: Callable[[], Tensor]) -> int:
+    """Bytes of the tensors that autograd saves, each storage once."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = loss()
+    del kept
+    return sum(seen.values())
 
 
 def bare_products(dim: int, width: int, rows: int, steps: int) -> Callable[[], None]:
@@ -97,38 +102,61 @@ def seconds(function: Callable[[], object]) -> float:
 
 def measure(name: str, repeats: int) -> dict[str, object]:
     """Medians [minimum, maximum] of interleaved repetitions, and their ratios."""
-    dim, width, rows, steps, plain_rows = SHAPES[name]
-    torch.manual_seed(0)
-    flow = pl.flows.OTFlow(dim, width, train_steps=steps, steps=steps)
-    y = torch.randn(rows, dim)
-    objective = flow.objective()
-    adam = torch.optim.Adam(flow.parameters())
+    dim, width, rows, steps = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(rows, dim, generator=generator)
 
-    def step() -> None:
-        adam.zero_grad()
-        objective(y).total.backward()
-        adam.step()
+    def some_flow(trace: str) -> pl.flows.OTFlow:
+        start = torch.Generator().manual_seed(0)
+        flow = pl.flows.OTFlow(
+            dim, width, 2, trace=trace, hjb=0.1, train_steps=steps, steps=steps, generator=start
+        )
+        flow.potential.random_features(y, 0.5, start)
+        return flow
 
-    def plain_step() -> None:
-        adam.zero_grad()
-        plain_loss(flow, y[:plain_rows], steps).backward()
-        adam.step()
+    flow, probes = some_flow("exact"), some_flow("probe")
+    plain = published(flow, "rk4")
+    objectives = {"exact": flow.objective(), "probe": probes.objective()}
+
+    def train(loss: Callable[[], Tensor], module: torch.nn.Module) -> Callable[[], None]:
+        adam = torch.optim.Adam(module.parameters(), fused=True)
+
+        def step() -> None:
+            adam.zero_grad()
+            loss().backward()
+            adam.step()
+
+        return step
+
+    kernel = train(lambda: objectives["exact"](y).total, flow)
+
+    def by_pytorch() -> None:
+        with pl.native.using(None):
+            kernel()
 
     @torch.no_grad()
     def log_prob() -> None:
         flow.log_prob(y)
 
+    def log_prob_by_pytorch() -> None:
+        with pl.native.using(None):
+            log_prob()
+
     @torch.no_grad()
-    def plain_log_prob() -> None:
-        plain_loss(flow, y, steps)
+    def published_log_prob() -> None:
+        plain.terms(y, steps)
 
     variants = {
         "products": bare_products(dim, width, rows, steps),
-        "step": step,
-        "plain step": plain_step,
+        "kernel": kernel,
+        "PyTorch": by_pytorch,
+        "probe": train(lambda: objectives["probe"](y).total, probes),
+        "published": train(lambda: plain.loss(y, steps), plain),
         "log_prob": log_prob,
-        "plain log_prob": plain_log_prob,
+        "log_prob PyTorch": log_prob_by_pytorch,
+        "log_prob published": published_log_prob,
     }
+    difference = gradient_difference(flow, y[:200], steps)
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant, function in variants.items():
@@ -136,14 +164,28 @@ def measure(name: str, repeats: int) -> dict[str, object]:
             if repeat:  # the first is a warm-up
                 times[variant].append(elapsed)
     middle = {variant: statistics.median(values) for variant, values in times.items()}
+    with pl.native.using(None):
+        kept = {"PyTorch": saved_bytes(lambda: objectives["exact"](y).total)}
+    kept["kernel"] = saved_bytes(lambda: objectives["exact"](y).total)
+    kept["published"] = saved_bytes(lambda: plain.loss(y, steps))
     return {
         "shape": {"dim": dim, "width": width, "rows": rows, "time steps": steps},
         "seconds": {v: [middle[v], min(values), max(values)] for v, values in times.items()},
-        "step / 3 products": middle["step"] / (3 * middle["products"]),
-        "log_prob / products": middle["log_prob"] / middle["products"],
-        "plain step / step": middle["plain step"] / middle["step"],
-        "plain log_prob / log_prob": middle["plain log_prob"] / middle["log_prob"],
+        "published / kernel": middle["published"] / middle["kernel"],
+        "published / PyTorch": middle["published"] / middle["PyTorch"],
+        "kernel / 3 products": middle["kernel"] / (3 * middle["products"]),
+        "PyTorch / 3 products": middle["PyTorch"] / (3 * middle["products"]),
+        "kernel / probe": middle["kernel"] / middle["probe"],
+        "published / log_prob": middle["log_prob published"] / middle["log_prob"],
+        "gradient difference": difference,
+        "saved MB": {k: v / 1e6 for k, v in kept.items()},
     }
+
+
+COLUMNS = (
+    *("published / kernel", "published / PyTorch", "kernel / 3 products"),
+    *("PyTorch / 3 products", "kernel / probe", "published / log_prob", "gradient difference"),
+)
 
 
 def main() -> None:
@@ -153,18 +195,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads")
-    print(f"{'shape':<11}{'step ms':>9}{'/ 3 products':>14}{'plain/ours':>12}", end="")
-    print(f"{'log_prob ms':>13}{'/ products':>12}{'plain/ours':>12}")
+    engines = ", ".join(pl.native.instruction_sets()) or "no kernel"
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {arguments.threads} threads, {engines}"
+    )
     results = {}
     for name in SHAPES:
         results[name] = r = measure(name, arguments.repeats)
-        step, log_prob = r["seconds"]["step"][0], r["seconds"]["log_prob"][0]
-        print(f"{name:<11}{1e3 * step:>9.1f}{r['step / 3 products']:>14.2f}", end="")
-        print(f"{r['plain step / step']:>12.2f}{1e3 * log_prob:>13.1f}", end="")
-        print(f"{r['log_prob / products']:>12.2f}{r['plain log_prob / log_prob']:>12.2f}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        step = r["seconds"]["kernel"][0]
+        print(f"{name}: kernel step {1e3 * step:.1f} ms")
+        for column in COLUMNS:
+            print(f"    {column:<24}{r[column]:>10.3g}")
+        kept = ", ".join(f"{k} {v:.2f}" for k, v in r["saved MB"].items())
+        print(f"    saved for backward, MB  {kept}", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
