@@ -157,10 +157,16 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         "log_prob published": published_log_prob,
     }
     difference = gradient_difference(flow, y[:200], steps)
+    kernels = ("kernel", "probe", "log_prob")  # torch on one thread beside them, as in `fit`
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     for repeat in range(repeats + 1):
         for variant, function in variants.items():
-            elapsed = seconds(function)
+            count = torch.get_num_threads()
+            time.sleep(0.02)  # until the threads of the variant before stop waiting for more work
+            with pl.native.threads(count):
+                torch.set_num_threads(1 if variant in kernels else count)
+                elapsed = seconds(function)
+            torch.set_num_threads(count)
             if repeat:  # the first is a warm-up
                 times[variant].append(elapsed)
     middle = {variant: statistics.median(values) for variant, values in times.items()}

@@ -90,8 +90,8 @@ class FFJORD(Peer):
     def validate(self, y: Tensor) -> Tensor:
         return self._nll(y, odeint, 1e-5, None if self.few_columns else _rademacher(y))
 
-    def exact(self, y: Tensor) -> Tensor:
-        return self._nll(y, odeint, 1e-6, None)
+    def exact(self, y: Tensor, tolerance: float = 1e-6) -> Tensor:
+        return self._nll(y, odeint, tolerance, None)
 
 
 def _rademacher(y: Tensor) -> Tensor:

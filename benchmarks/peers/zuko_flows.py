@@ -47,6 +47,6 @@ class CNF(Peer):
     def validate(self, y: Tensor) -> Tensor:
         return self._nll(y, exact=self.few_columns)
 
-    def exact(self, y: Tensor) -> Tensor:
-        self.flow.transform.atol = self.flow.transform.rtol = 1e-6
+    def exact(self, y: Tensor, tolerance: float = 1e-6) -> Tensor:
+        self.flow.transform.atol = self.flow.transform.rtol = tolerance
         return self._nll(y, exact=True)

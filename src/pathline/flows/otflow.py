@@ -34,7 +34,7 @@ class OTFlow(nn.Module):
     Args:
         dim: number of columns.
         width: neurons of each layer of Phi; chosen from `dim` by default.
-        depth: layers of Phi; 3 for up to ten columns by default, else 2 like the published network.
+        depth: layers of Phi; by default 3 for up to three columns, else 2 as published.
         rank: rank of Phi's quadratic term.
         transport: weight w of the transport cost, against the likelihood.
         hjb: weight rho of the HJB residual, against the likelihood; training may raise it. By
@@ -85,9 +85,9 @@ class OTFlow(nn.Module):
     ) -> None:
         super().__init__()
         if width is None:
-            width = 32 if dim <= 10 else 64 if dim <= 32 else 128
+            width = 32 if dim <= 3 else 64 if dim <= 32 else 128
         if depth is None:
-            depth = 3 if dim <= 10 else 2
+            depth = 3 if dim <= 3 else 2
         self.potential = Potential(dim, width, depth, rank, generator=generator)
         self.potential.hold_constant()
         if trace not in ("auto", "exact", "probe"):

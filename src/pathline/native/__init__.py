@@ -89,9 +89,9 @@ def using(instruction_set: str | None) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let the kernel use so many threads, whatever torch uses; None for as many as torch."""
+    """Let the kernel use so many threads, whatever torch uses; None changes nothing."""
     global _threads
-    before, _threads = _threads, count
+    before, _threads = _threads, count or _threads
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 VALIDATION_ROWS = 5_000  # watched during training
 FEWEST_ROWS = 1_000  # watched where time is short, if there are so many
 FINAL_ROWS = 2_000  # given to `Objective.finish`
+AIM = 0.92  # of a budget in seconds; the rest is for what the warm-up can't foresee
 PAUSES = 0.15  # most of the time that may go to validations, adaptions and saving
 FINISH = 0.1  # most of the time that is set aside for `Objective.finish`
 FINER = 2.0  # how much longer `Objective.finish` takes for a trained model than for a fresh one

@@ -356,7 +356,7 @@ class Trainer:
             steps = steps or self.objective.default_steps(len(self.rows))
             return budget.course(steps, rows)
         costs = self._rehearse(seconds)
-        left = seconds - self._slowest(time.perf_counter() - self.started)
+        left = budget.AIM * seconds - self._slowest(time.perf_counter() - self.started)
         return budget.within(left, costs, rows, steps)
 
     def _rehearse(self, seconds: float) -> budget.Costs:
