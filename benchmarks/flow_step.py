@@ -93,15 +93,19 @@ def bare_products(dim: int, width: int, rows: int, steps: int) -> Callable[[], N
     return run
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(function: Callable[[], object], least: float = 0.3) -> float:
+    """Wall time of one call, the mean of those that follow each other for `least` seconds, as
+    steps of a training do, after one that is not counted."""
     function()
-    return time.perf_counter() - start
+    calls, start = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - start < least:
+        function()
+        calls += 1
+    return (time.perf_counter() - start) / calls
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
-    """Medians [minimum, maximum] of interleaved repetitions, and their ratios."""
+    """Medians [minimum, maximum] of interleaved blocks of calls, and their ratios."""
     dim, width, rows, steps = SHAPES[name]
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(rows, dim, generator=generator)
@@ -159,16 +163,13 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     difference = gradient_difference(flow, y[:200], steps)
     kernels = ("kernel", "probe", "log_prob")  # torch on one thread beside them, as in `fit`
     times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for repeat in range(repeats + 1):
+    threads = torch.get_num_threads()
+    for _ in range(repeats):
         for variant, function in variants.items():
-            count = torch.get_num_threads()
-            time.sleep(0.02)  # until the threads of the variant before stop waiting for more work
-            with pl.native.threads(count):
-                torch.set_num_threads(1 if variant in kernels else count)
-                elapsed = seconds(function)
-            torch.set_num_threads(count)
-            if repeat:  # the first is a warm-up
-                times[variant].append(elapsed)
+            with pl.native.threads(threads):
+                torch.set_num_threads(1 if variant in kernels else threads)
+                times[variant].append(seconds(function))
+            torch.set_num_threads(threads)
     middle = {variant: statistics.median(values) for variant, values in times.items()}
     with pl.native.using(None):
         kept = {"PyTorch": saved_bytes(lambda: objectives["exact"](y).total)}
