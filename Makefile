@@ -43,7 +43,10 @@ docs: $(VENV)/dev
 	SMOKE=1 $(BIN)/sphinx-build -W -q docs build/docs
 
 bench: $(VENV)/dev
+	$(PIP) --editable ".[bench]"
 	$(BIN)/python benchmarks/flow_step.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/training_curves.py --method ours nsf --summary
 	$(BIN)/python benchmarks/solvers.py
 
 clean:

@@ -431,7 +431,7 @@ def plot(curves: Curves, path: Path) -> None:
         ax.set_title(name, fontsize=10)
     for ax in axes.flat[len(names) :]:
         ax.set_axis_off()
-    figure.supxlabel("seconds of training, one core")
+    figure.supxlabel("seconds of training")
     figure.supylabel("negative log-likelihood of test rows, nats")
     handles: dict[str, Any] = {}
     for ax in axes.flat:

@@ -27,7 +27,7 @@ COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce")
 # Flags of other programs that the pages name.
 FOREIGN = {
     *("--nproc-per-node", "--tables", "--figure", "--jax-python"),
-    *("--method", "--data", "--summary", "--plot", "--check"),
+    *("--method", "--data", "--summary", "--plot", "--check", "--parts", "--threads"),
 }
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
