@@ -703,7 +703,7 @@ def test_check_finds_missing_mass(monkeypatch):
     """A density that is 10 % too high everywhere is invertible and resolved, and still wrong."""
     flow = some_flow(2, wild=0.5, seed=1, steps=16)
     x, right = flow.sample(2000, seed=0), OTFlow.log_prob
-    monkeypatch.setattr(OTFlow, "log_prob", lambda self, x: right(self, x) + 0.1)
+    monkeypatch.setattr(OTFlow, "log_prob", lambda self, *x: right(self, *x) + 0.1)
     check = flow.check(x)
     assert not check.passed
     assert "NOT normalised" in check.verdict and "NOT invertible" not in check.verdict

@@ -1,10 +1,35 @@
 """Continuous normalizing flows."""
 
 from .check import Check as Check
+from .cnf import CNF as CNF
+from .cnf import FFJORD as FFJORD
+from .cnf import RNODE as RNODE
+from .cnf import MongeAmpere as MongeAmpere
+from .cnf import PotentialFlow as PotentialFlow
+from .cnf_objective import CNFObjective as CNFObjective
 from .distribution import FlowDistribution as FlowDistribution
+from .distribution import FlowTransform as FlowTransform
+from .flow import Flow as Flow
+from .matching import FlowMatching as FlowMatching
 from .objective import FlowObjective as FlowObjective
 from .otflow import OTFlow as OTFlow
 from .standardize import Standardize as Standardize
 from .transport import Transport as Transport
 
-__all__ = ["Check", "FlowDistribution", "FlowObjective", "OTFlow", "Standardize", "Transport"]
+__all__ = [
+    "CNF",
+    "FFJORD",
+    "RNODE",
+    "CNFObjective",
+    "Check",
+    "Flow",
+    "FlowDistribution",
+    "FlowMatching",
+    "FlowObjective",
+    "FlowTransform",
+    "MongeAmpere",
+    "OTFlow",
+    "PotentialFlow",
+    "Standardize",
+    "Transport",
+]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .otflow import OTFlow
+    from .flow import Flow
 
 INVERSE_TOLERANCE = 1e-3  # standard deviations
 TIME_TOLERANCE = 1e-2  # nats
@@ -20,9 +20,10 @@ class Check:
     """What `flow.check` found, with its verdict in words.
 
     `inverse_error` is the largest |x - f^-1(f(x))| in standard deviations; `nll` and `nll_fine`
-    are the negative log-likelihoods (nats, user's units) at `steps` and 4 `steps` time steps;
-    `mass` is the integral of the density by importance sampling, with its standard error and
-    effective sample size (fraction); `mass_grid` is the integral over a grid (dim <= 2).
+    are the negative log-likelihoods (nats, user's units) with the flow's own time steps and on a
+    finer grid; `mass` is the integral of the density by importance sampling, with its standard
+    error and effective sample size (fraction); `mass_grid` is the integral over a grid
+    (dim <= 2).
     """
 
     rows: int
@@ -43,16 +44,21 @@ class Check:
 
 
 @torch.no_grad()
-def check(flow: "OTFlow", x: Tensor, *, seed: int = 0, samples: int = 4000) -> Check:
-    """See `OTFlow.check`."""
-    x = x[:10_000]
-    x = x.to(flow.standardize.mean)
+def check(
+    flow: "Flow", x: Tensor, context: Tensor | None = None, *, seed: int = 0, samples: int = 4000
+) -> Check:
+    """See `Flow.check`."""
+    x = x[:10_000].to(flow.standardize.mean)
+    context = None if context is None else context[: len(x)]
     y, _ = flow.standardize(x)
-    back, _ = flow.standardize(flow.from_reference(flow.to_reference(x)))
+    back, _ = flow.standardize(flow.from_reference(flow.to_reference(x, context), context))
     inverse_error = (back - y).abs().max().item()
-    nll, nll_fine = -flow.log_prob(x).mean().item(), _nll(flow, x, 4 * flow.steps)
-    mass, error, effective = _importance_mass(flow, y, seed, samples)
-    grid = _grid_mass(flow, y) if flow.dim <= 2 else None
+    nll = -flow.log_prob(x, context).mean().item()
+    with flow.refined(4) as finer:
+        nll_fine = -flow.log_prob(x, context).mean().item()
+    first = None if context is None else context[0]
+    mass, error, effective = _importance_mass(flow, y, first, seed, samples)
+    grid = _grid_mass(flow, y, first) if flow.dim <= 2 else None
 
     findings = []
     invertible = inverse_error <= INVERSE_TOLERANCE
@@ -64,7 +70,7 @@ def check(flow: "OTFlow", x: Tensor, *, seed: int = 0, samples: int = 4000) -> C
     findings.append(
         f"{'resolved' if resolved else 'NOT resolved'} in time "
         f"(negative log-likelihood changes by {abs(nll_fine - nll):.1e} nats at "
-        f"{4 * flow.steps} instead of {flow.steps} steps)"
+        f"{finer})"
     )
     conclusive = effective * samples >= 100
     normalised = abs(mass - 1) <= MASS_TOLERANCE + 3 * error or not conclusive
@@ -92,17 +98,8 @@ def check(flow: "OTFlow", x: Tensor, *, seed: int = 0, samples: int = 4000) -> C
     )  # fmt: skip
 
 
-def _nll(flow: "OTFlow", x: Tensor, steps: int) -> float:
-    before = flow.steps
-    try:
-        flow.steps = steps
-        return -flow.log_prob(x).mean().item()
-    finally:
-        flow.steps = before
-
-
 def _importance_mass(
-    flow: "OTFlow", y: Tensor, seed: int, samples: int
+    flow: "Flow", y: Tensor, context: Tensor | None, seed: int, samples: int
 ) -> tuple[float, float, float]:
     """Integral of the density over standardised space, its standard error, and the effective
     fraction of the samples.
@@ -113,7 +110,7 @@ def _importance_mass(
     generator = torch.Generator().manual_seed(seed)
     dim = flow.dim
     rows = y[torch.randperm(len(y), generator=generator)[:1000].to(y.device)]
-    own, _ = flow.standardize(flow.sample(1000, seed=seed).to(flow.standardize.mean))
+    own, _ = flow.standardize(flow.sample(1000, context, seed=seed).to(flow.standardize.mean))
     centres = torch.cat([rows, own])
     narrow = 1.5 * len(centres) ** (-1 / (dim + 4)) * centres.std(0)
     widths, shares = torch.stack([narrow, 3 * narrow + 0.5]), (0.9, 0.1)
@@ -130,14 +127,14 @@ def _importance_mass(
             + math.log(share / len(centres))
             - 0.5 * dim * math.log(2 * math.pi)
         )
-    log_weights = _log_density(flow, draws) - torch.logsumexp(torch.stack(log_kernels), 0)
+    log_weights = _log_density(flow, draws, context) - torch.logsumexp(torch.stack(log_kernels), 0)
     weights = log_weights.exp()
     mean = weights.mean()
     effective = weights.sum().square() / weights.square().sum() / samples
     return mean.item(), (weights.std() / math.sqrt(samples)).item(), effective.item()
 
 
-def _grid_mass(flow: "OTFlow", y: Tensor, points: int = 300) -> float:
+def _grid_mass(flow: "Flow", y: Tensor, context: Tensor | None, points: int = 300) -> float:
     """Integral of the density over the box of the data and three units around it."""
     low, high = y.amin(0) - 3, y.amax(0) + 3
     axes = [
@@ -145,10 +142,10 @@ def _grid_mass(flow: "OTFlow", y: Tensor, points: int = 300) -> float:
     ]
     grid = torch.cartesian_prod(*axes).reshape(-1, flow.dim)
     cell = math.prod((axis[1] - axis[0]).item() for axis in axes)
-    return _log_density(flow, grid).exp().sum().item() * cell
+    return _log_density(flow, grid, context).exp().sum().item() * cell
 
 
-def _log_density(flow: "OTFlow", y: Tensor) -> Tensor:
+def _log_density(flow: "Flow", y: Tensor, context: Tensor | None) -> Tensor:
     """Log-density of standardised points in standardised units."""
     x = flow.standardize.inverse(y)
-    return flow.log_prob(x) - flow.standardize(x)[1]
+    return flow.log_prob(x, context) - flow.standardize(x)[1]

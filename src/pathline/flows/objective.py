@@ -13,6 +13,7 @@ from ..control.rollout import kernel_serves
 from ..train import Distrust, Loss, Objective, Rows
 
 if TYPE_CHECKING:
+    from .cnf import CNF
     from .otflow import OTFlow
 
 MAX_STEPS = 16
@@ -35,9 +36,9 @@ class FlowObjective(Objective):
 
     model: "OTFlow"
 
-    def __init__(self, flow: "OTFlow") -> None:
+    def __init__(self, flow: "OTFlow | CNF") -> None:
         super().__init__()
-        self.model = flow
+        self.model = flow  # type: ignore[assignment]
         self.steps, self.least_steps = flow.train_steps, flow.train_steps
         self.hjb, self.least_hjb = flow.hjb, flow.hjb
         self.kernel_threads: int | None = None
@@ -60,17 +61,17 @@ class FlowObjective(Objective):
             return {}
         return {
             "adjoint": Adjoint(share, flow.transport * share, -share, self.hjb * share),
-            "probe": self._probe(len(share)) if flow.train_trace == "probe" else None,
+            "probe": self._signs(len(share), flow.dim) if flow.train_trace == "probe" else None,
             "trace_dtype": flow.trace_dtype,
         }
 
-    def _probe(self, rows: int) -> Tensor:
+    def _signs(self, *shape: int) -> Tensor:
         """The random signs of the next step, others in each process."""
         started = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if started else 0
         draws = np.random.default_rng((self.probe_seed, self.probes, rank))
         self.probes += 1
-        signs = 2 * draws.integers(0, 2, (rows, self.model.dim), dtype=np.int8) - 1
+        signs = 2 * draws.integers(0, 2, shape, dtype=np.int8) - 1
         return self.model.cast(torch.from_numpy(signs))
 
     def _terms(self, y: Tensor, steps: int, **training: Any) -> tuple[Tensor, Tensor, Tensor]:

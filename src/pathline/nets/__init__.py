@@ -4,5 +4,20 @@ from .autodiff import AutodiffPotential as AutodiffPotential
 from .potential import Derivatives as Derivatives
 from .potential import Potential as Potential
 from .trace import row_space as row_space
+from .velocity import FreeVelocity as FreeVelocity
+from .velocity import GradientVelocity as GradientVelocity
+from .velocity import hutch_plus_plus as hutch_plus_plus
+from .velocity import hutchinson as hutchinson
+from .velocity import products as products
 
-__all__ = ["AutodiffPotential", "Derivatives", "Potential", "row_space"]
+__all__ = [
+    "AutodiffPotential",
+    "Derivatives",
+    "FreeVelocity",
+    "GradientVelocity",
+    "Potential",
+    "hutch_plus_plus",
+    "hutchinson",
+    "products",
+    "row_space",
+]
