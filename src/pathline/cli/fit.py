@@ -9,7 +9,7 @@ import torch
 
 from ..data import check_support, check_table, parse_support, read_table
 from ..errors import DataError
-from ..flows import OTFlow
+from ..flows import FAMILY
 from ..report import finish_density
 from ..train import fit, hold_out
 from ..train.trainer import is_leader
@@ -29,11 +29,12 @@ def density(
     missing: Literal["refuse", "drop"] = "refuse",
     support: Columns = None,
     weights: str | None = None,
+    model: Literal["ot-flow", "potential-flow", "monge-ampere", "rnode", "ffjord"] = "ot-flow",
     width: Positive | None = None,
     depth: Positive | None = None,
-    transport: Weight = 0.003,
+    transport: Weight | None = None,
     hjb: Weight | None = None,
-    trace: Literal["auto", "exact", "probe"] = "auto",
+    trace: Literal["auto", "exact", "probe", "hutch++"] | None = None,
     standardize: bool = True,
     batch_size: Positive = 512,
     learning_rate: Seconds | None = None,
@@ -63,16 +64,19 @@ def density(
         Bounds of a column: "col=positive", "col=[0,1]", "col=[2,inf)".
     weights
         Column of row weights.
+    model
+        The continuous flow. The first two have the fast training; the others are for comparison.
     width
-        Neurons of each layer of the potential; chosen from the number of columns by default.
+        Neurons of each layer of the network; chosen from the number of columns by default.
     depth
-        Layers of the potential; chosen from the number of columns by default.
+        Layers of the network; chosen from the number of columns by default.
     transport
         Weight of the transport cost, against the likelihood.
     hjb
         Weight of the HJB residual, against the likelihood; training may raise it.
     trace
-        How training computes the Laplacian: exactly, by random probes, or as is faster.
+        How training computes the divergence: exactly, by random probes (hutch++ is for the last
+        three models), or as is faster (auto, of the first two).
     standardize
         Work in coordinates of mean zero and covariance one.
     batch_size
@@ -121,16 +125,19 @@ def density(
     if validation is not None:
         held = recipe.apply(read_table(validation), seed=run.seed + 1).values
         check_support(replace(table, values=held), bounds)
-    flow = OTFlow(
+    given = {
+        "width": width,
+        "depth": depth,
+        "transport": transport,
+        "hjb": hjb,
+        "trace": trace,
+        "support": bounds if support else None,
+    }
+    flow = FAMILY[model](
         len(table.columns),
-        width,
-        depth,
-        transport=transport,
-        hjb=hjb,
-        trace=trace,
         standardize=standardize,
-        support=bounds if support else None,
         generator=torch.Generator().manual_seed(run.seed),
+        **{name: value for name, value in given.items() if value is not None},
     )
     metadata = {
         "recipe": recipe.to_dict(),

@@ -1,6 +1,7 @@
 """Tables from files, checks that they can have a density, toy densities and real data sets."""
 
 from .electricity import load_electricity
+from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
 from .splits import Splits
 from .support import check_support, parse_support
@@ -19,6 +20,7 @@ from .toys import (
 from .uci import load_uci
 
 __all__ = [
+    "BENCHMARKS",
     "TOYS",
     "Checkerboard",
     "Circles",
@@ -34,7 +36,10 @@ __all__ = [
     "check_support",
     "check_table",
     "column_index",
+    "is_published",
     "load_electricity",
+    "load_mnist",
+    "load_published",
     "load_uci",
     "parse_support",
     "read_table",

@@ -2,6 +2,7 @@
 
 from .check import Check as Check
 from .cnf import CNF as CNF
+from .cnf import FAMILY as FAMILY
 from .cnf import FFJORD as FFJORD
 from .cnf import RNODE as RNODE
 from .cnf import MongeAmpere as MongeAmpere
@@ -18,6 +19,7 @@ from .transport import Transport as Transport
 
 __all__ = [
     "CNF",
+    "FAMILY",
     "FFJORD",
     "RNODE",
     "CNFObjective",

@@ -1,7 +1,7 @@
 """The family of continuous normalizing flows, as options of one model."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -354,6 +354,11 @@ class CNF(Flow):
         order = ORDERS.get(self.method, 4)
         return 1.0 if self.adaptive else 2**order / (2**order - 1)
 
+    @property
+    def grid(self) -> str:
+        """The time grid of densities and samples, in words."""
+        return f"{self.method}, tolerance {self.rtol:.0e}" if self.adaptive else super().grid
+
     @contextmanager
     def refined(self, factor: int) -> Iterator[str]:
         """Within, the flow has `factor` times its time steps, or a tolerance of a hundredth; gives
@@ -417,3 +422,12 @@ def PotentialFlow(dim: int, **options: Any) -> OTFlow:
 
 def _preset(dim: int, options: dict[str, Any], **defaults: Any) -> CNF:
     return CNF(dim, **defaults | options)
+
+
+FAMILY: dict[str, Callable[..., Flow]] = {
+    "ot-flow": OTFlow,
+    "potential-flow": PotentialFlow,
+    "monge-ampere": MongeAmpere,
+    "rnode": RNODE,
+    "ffjord": FFJORD,
+}

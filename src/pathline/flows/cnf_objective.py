@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..train import Loss
+from ..train import Loss, Rows
 from .objective import FlowObjective
 
 if TYPE_CHECKING:
@@ -55,16 +55,18 @@ class CNFObjective(FlowObjective):
     def choices(self) -> dict[str, Any]:
         return {"trace": self.model.trace, "engine": "PyTorch"}
 
-    def prepare(self, rows: Any, generator: torch.Generator) -> None:
+    def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         self.model.prepare(rows, generator)
         if self.model.signs:
             self.probe_seed = int(torch.randint(2**62, (), generator=generator))
+
+    def finish(self, rows: Rows) -> dict[str, Any]:
+        found = super().finish(rows)
+        return {"tolerance": self.model.rtol} if self.model.adaptive else found
 
     def inner_weights(self) -> list[Tensor]:
         find = getattr(self.model.network, "inner_weights", list)
         return find()
 
     def default_rate(self, steps: int) -> float:
-        if self.model.kind in ("potential", "static"):
-            return 0.02
-        return 0.01
+        return 0.03 * min(1.0, (2000 / steps) ** 0.5)

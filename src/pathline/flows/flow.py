@@ -29,6 +29,7 @@ class Flow(nn.Module):
     """
 
     prepared: Tensor
+    hjb: float  # weight of the HJB residual in training; 0 where there is none
 
     def __init__(
         self,
@@ -246,6 +247,11 @@ class Flow(nn.Module):
 
     def initialise(self, y: Tensor, generator: torch.Generator) -> None:
         """Set weights by standardised rows of the data, (batch, dim)."""
+
+    @property
+    def grid(self) -> str:
+        """The time grid of densities and samples, in words."""
+        return f"{self.steps} steps"
 
     @contextmanager
     def refined(self, factor: int) -> Iterator[str]:
