@@ -11,6 +11,7 @@ from cyclopts.exceptions import CycloptsError
 
 from .. import __version__
 from ..errors import DataWarning, PathlineError, TrainingError
+from .deploy import convert, export
 from .fit import density
 from .reproduce import reproduce
 from .use import check, report, sample, score
@@ -25,7 +26,7 @@ app = App(
 fit = App(name="fit", help="Fit a model to a file.")
 fit.command(density)
 app.command(fit)
-for command in (sample, score, check, report, reproduce):
+for command in (sample, score, check, report, reproduce, export, convert):
     app.command(command)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

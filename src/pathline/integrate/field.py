@@ -1,5 +1,6 @@
 """The user's velocity as the solvers see it: one tensor in, one tensor out."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class Layout:
             shapes = [tuple(leaf.shape) for leaf in leaves]
             raise ArgumentError(f"`y0` must have one batch size in front, got shapes {shapes}")
         self.shapes = [leaf.shape[1:] if samples else leaf.shape for leaf in leaves]
-        self.sizes = [shape.numel() for shape in self.shapes]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
 
     def join(self, state: Any) -> Tensor:
         """The tensor in which `state` lies."""

@@ -103,7 +103,7 @@ class FreeVelocity(nn.Module):
         t = t.reshape(-1, 1)
         if context is None:
             return t
-        return torch.cat([t.expand(len(context), 1), context], 1)
+        return torch.cat([t.expand(context.shape[0], 1), context], 1)
 
     def inner_weights(self) -> list[Tensor]:
         """The hidden-to-hidden matrices."""

@@ -20,7 +20,8 @@ from ..errors import ArgumentError, ModelError
 FORMAT = 1
 RUN_ENTRIES = (
     "config.json", "model", "checkpoint", "log.jsonl", "metrics.json", "report.html",
-    "held_out.npy", "samples.csv", "pictures.npz", "autoencoder", "tensorboard",
+    "held_out.npy", "samples.csv", "pictures.npz", "autoencoder", "export",
+    "tensorboard",
 )  # fmt: skip
 
 
