@@ -18,12 +18,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGES = (
     *("pathline", "pathline.flows", "pathline.control", "pathline.integrate", "pathline.nets"),
-    "pathline.native",
+    *("pathline.native", "pathline.export", "pathline.convert"),
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
     *("pathline.report", "pathline.compat.torchdiffeq"),
 )
-COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce")
+COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce", "export", "convert")
 # Flags of other programs that the pages name.
 FOREIGN = {
     *("--nproc-per-node", "--tables", "--figure", "--jax-python"),
@@ -146,10 +146,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq", "speed")
+RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family")
+PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
+EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in RUNNING)])
+@pytest.mark.parametrize("name", [*PAGES_RUNNING, EXPORTING])
 def test_python_of_a_page_runs(name, folder, capsys):
     exec(compile("\n".join(blocks(ROOT / name, "python")), name, "exec"), {"__name__": name})
 

@@ -1,4 +1,4 @@
-"""Zuko's neural spline flow and continuous flow, with the defaults of the package."""
+"""Zuko's spline, affine autoregressive and continuous flows, with the package's defaults."""
 
 import zuko
 from torch import Tensor
@@ -16,6 +16,24 @@ class NSF(Peer):
     def __init__(self, dim: int, width: int = 64) -> None:
         super().__init__()
         self.flow = zuko.flows.NSF(dim, hidden_features=(width, width))
+
+    def loss(self, y: Tensor) -> Tensor:
+        return self.validate(y).mean()
+
+    def validate(self, y: Tensor) -> Tensor:
+        return -self.flow().log_prob(y)
+
+    exact = validate
+
+
+class MAF(Peer):
+    """Masked autoregressive flow of three affine transforms (arXiv 1705.07057)."""
+
+    cosine = True
+
+    def __init__(self, dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.flow = zuko.flows.MAF(dim, hidden_features=(width, width))
 
     def loss(self, y: Tensor) -> Tensor:
         return self.validate(y).mean()

@@ -329,6 +329,86 @@ def bars(names: Sequence[str], values: Sequence[float], title: str) -> Figure:
     return figure
 
 
+def images(pictures: ArrayLike, title: str) -> Figure:
+    """Small images side by side.
+
+    Args:
+        pictures: grey levels in [0, 1], (rows, columns, height, width); 1 is ink.
+        title: what they show, for those who can't see them.
+
+    Returns:
+        A figure with one axes.
+    """
+    x = np.asarray(pictures, dtype=float)
+    if x.ndim != 4 or 0 in x.shape:
+        raise ShapeError(f"`pictures` must be (rows, columns, height, width), got {x.shape}")
+    rows, columns, height, width = x.shape
+    padded = np.zeros((rows, columns, height + 2, width + 2))  # one pixel of paper around each
+    padded[:, :, 1:-1, 1:-1] = x
+    sheet = padded.transpose(0, 2, 1, 3).reshape(rows * (height + 2), columns * (width + 2))
+    inches = 7.2 / sheet.shape[1]
+    figure = Figure(figsize=(7.2, inches * sheet.shape[0]))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.imshow(sheet, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    ax.set_axis_off()
+    figure.set_label(title)
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    *,
+    log: bool = False,
+    log_y: bool = False,
+    equal: bool = False,
+) -> Figure:
+    """Lines in one axes, such as what several methods reach over time.
+
+    Args:
+        lines: x and y, each (n,), by name; up to six.
+        title: what they show, for those who can't see them.
+        log, log_y: logarithmic scales of both axes, or of y alone.
+        equal: the same scale on both axes, for paths in the plane.
+
+    Returns:
+        A figure with one axes.
+    """
+    # The third is dashed, so that one sees two lines where it lies on the second.
+    styles = list(
+        zip(2 * (DATA, SAMPLES, REFERENCE), ("-", "-", "--", "--", ":", ":"), strict=True)
+    )
+    if len(lines) > len(styles):
+        raise ShapeError(f"`lines` must be at most {len(styles)}, got {len(lines)}")
+    figure = Figure(figsize=(4.6, 4.6) if equal else (7.2, 3.4), layout="constrained")
+    ax = figure.subplots()
+    for (name, (x, y)), (colour, dash) in zip(lines.items(), styles, strict=False):
+        xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        if xs.ndim != 1 or xs.shape != ys.shape:
+            raise ShapeError(f"line {name!r} must be two arrays (n,), got {xs.shape}, {ys.shape}")
+        marker = "o" if len(xs) <= 20 else None
+        ax.plot(xs, ys, dash, color=colour, lw=1.2, label=_escape(name), marker=marker, ms=3)
+    if equal:
+        ax.set_aspect("equal", adjustable="datalim")
+    if log:
+        ax.set_xscale("log")
+    if log or log_y:
+        ax.set_yscale("log", nonpositive="mask")
+    if log:
+        _frame(ax, 8)
+    else:
+        _ticks(ax, size=8, count=6, logarithmic=log_y)
+    ax.grid(color=FAINT, lw=0.5)
+    ax.set_axisbelow(True)
+    ax.set_xlabel(_escape(xlabel), fontsize=9, color=INK)
+    ax.set_ylabel(_escape(ylabel), fontsize=9, color=INK)
+    figure.legend(loc="outside upper center", ncols=len(lines), fontsize=8, frameon=False)
+    figure.set_label(title)
+    return figure
+
+
 def to_png(figure: Figure, dpi: float = 110) -> bytes:
     """The figure as a PNG on white."""
     buffer = io.BytesIO()

@@ -19,13 +19,14 @@ from .models import load
 from .train.files import read_json, write_atomically, write_json
 
 if TYPE_CHECKING:  # plots brings matplotlib, so it is imported where it is needed
-    from .flows import OTFlow
+    from .flows import Flow
     from .plots import Figure
 
 POINTS = 5_000  # of the data, and of the samples, in the pictures
 PATHS = 200
 GRID = 160  # points a side, of the density of a flow in the plane
 EVENTS = 12  # listed
+PICTURES = "pictures.npz"  # in the folder of a run
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -86,8 +87,10 @@ def finish_density(
     columns: Sequence[str],
     *,
     title: str,
+    method: str = "OT-Flow",
     classical: Mapping[str, float] | None = None,
     subtitle: str = "",
+    pictures: Sequence[tuple[str, str, np.ndarray]] = (),
 ) -> dict[str, Any]:
     """Judge the flow of a finished run on rows that it was not trained on.
 
@@ -98,7 +101,10 @@ def finish_density(
         held_out: (rows, dim) in the user's units.
         columns: dim names.
         title, subtitle: head of the report.
+        method: what the flow is called beside others.
         classical: negative log-likelihoods of other densities on the same rows.
+        pictures: (heading, text, images) of sections of their own, with grey levels in [0, 1],
+            (rows, columns, height, width).
 
     Returns:
         The metrics.
@@ -112,7 +118,16 @@ def finish_density(
     metrics |= {"nll": nll.mean().item(), "nll_rows": len(x), "check": check.to_dict()}
     if classical:
         metrics["classical"] = dict(classical)
-    metrics["report"] = {"title": title, "subtitle": subtitle, "columns": list(columns)}
+    metrics["report"] = {
+        "title": title,
+        "subtitle": subtitle,
+        "method": method,
+        "columns": list(columns),
+        "pictures": [[heading, text] for heading, text, _ in pictures],
+    }
+    if pictures:
+        arrays = [images.astype(np.float32) for _, _, images in pictures]
+        write_atomically(run / PICTURES, lambda path: _save_arrays(path, arrays))
     write_json(run / "metrics.json", metrics)
     np.save(run / "held_out.npy", _some_rows(held_out, seed=0))
     write_density_report(run)
@@ -132,7 +147,8 @@ def write_density_report(run: Path) -> None:
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     comparison = None
     if "classical" in metrics:
-        comparison = [("OT-Flow", metrics["nll"]), *metrics["classical"].items()]
+        method = head.get("method", "OT-Flow")
+        comparison = [(method, metrics["nll"]), *metrics["classical"].items()]
     sections = density_sections(
         load(run).double(),
         data=np.load(run / "held_out.npy", allow_pickle=False),
@@ -143,11 +159,30 @@ def write_density_report(run: Path) -> None:
         metrics=metrics,
         comparison=comparison,
     )
+    sections[1:1] = _pictures(run, head.get("pictures", []))
     write_report(run / "report.html", head["title"], sections, subtitle=head["subtitle"])
 
 
+def _save_arrays(path: Path, arrays: Sequence[np.ndarray]) -> None:
+    with path.open("wb") as file:  # a name without .npz would get it appended
+        np.savez(file, *arrays)
+
+
+def _pictures(run: Path, told: Sequence[Sequence[str]]) -> list[Section]:
+    """The sections of images that `finish_density` was given, each told by heading and text."""
+    from . import plots
+
+    if not told:
+        return []
+    with np.load(run / PICTURES, allow_pickle=False) as arrays:
+        return [
+            Section(heading, text, figure=plots.images(arrays[key], heading))
+            for (heading, text), key in zip(told, arrays.files, strict=True)
+        ]
+
+
 def density_sections(
-    flow: "OTFlow",
+    flow: "Flow",
     *,
     data: np.ndarray,
     columns: Sequence[str],
@@ -192,7 +227,7 @@ def density_sections(
         )
     )
     if flow.dim == 2:
-        sections.append(_plane(flow, rows, samples, columns))
+        sections.append(plane(flow, rows, samples, columns))
     sections += [_paths(flow, rows, columns), _training(history, metrics), _check_table(check)]
     text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
     sections.append(Section("Configuration", "All that decided this result.", code=text))
@@ -207,7 +242,7 @@ def _some_rows(data: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(data, dtype=np.float64)
 
 
-def _summary(flow: "OTFlow", check: Check, metrics: Mapping[str, Any]) -> Section:
+def _summary(flow: "Flow", check: Check, metrics: Mapping[str, Any]) -> Section:
     told = ["This flow passed its check." if check.passed else "This flow did NOT pass its check."]
     told.append(check.verdict)
     steps, weight = metrics.get("train_time_steps"), metrics.get("hjb_weight")
@@ -230,10 +265,10 @@ def _summary(flow: "OTFlow", check: Check, metrics: Mapping[str, Any]) -> Sectio
     table: list[tuple[str, object]] = [
         ("Quantity", "Value"),
         ("Negative log-likelihood, nats per row", check.nll),
-        ("The same at 4 times the time steps", check.nll_fine),
+        ("The same on a finer time grid", check.nll_fine),
         ("Rows it was measured on", check.rows),
         ("Columns", flow.dim),
-        ("Time steps of densities and samples", flow.steps),
+        ("Time grid of densities and samples", flow.grid),
         ("Time steps at the end of training", steps),
         ("HJB weight at the end of training", None if weight is None else f"{weight:.3g}"),
         ("Training steps", metrics.get("steps")),
@@ -266,9 +301,8 @@ def _comparison(comparison: Sequence[tuple[str, float]]) -> Section:
 
 
 @torch.no_grad()
-def _plane(
-    flow: "OTFlow", rows: np.ndarray, samples: np.ndarray, columns: Sequence[str]
-) -> Section:
+def plane(flow: "Flow", rows: np.ndarray, samples: np.ndarray, columns: Sequence[str]) -> Section:
+    """Data, density and samples of a flow of two columns, side by side."""
     from . import plots
 
     x, y = (np.linspace(*plots.limits(rows[:, i], samples[:, i]), GRID) for i in (0, 1))
@@ -283,17 +317,22 @@ def _plane(
 
 
 @torch.no_grad()
-def _paths(flow: "OTFlow", rows: np.ndarray, columns: Sequence[str]) -> Section:
+def _paths(flow: "Flow", rows: np.ndarray, columns: Sequence[str]) -> Section:
     from . import plots
 
     start = torch.from_numpy(rows[np.isfinite(rows).all(1)][:PATHS])
     paths = flow.trajectory(start.to(flow.standardize.mean.device)).double().cpu().numpy()
     plane = ", seen in the two coordinates that move most" if flow.dim > 2 else ""
+    straight = (
+        " Optimal transport makes them nearly straight and keeps them from crossing in space and "
+        "time."
+        if flow.transport
+        else " Nothing in the training of this flow makes them straight."
+    )
     return Section(
         "Trajectories",
         f"The ways of {paths.shape[1]} rows from the data to the normal reference, in the "
-        f"standardised coordinates in which the flow works{plane}. Optimal transport "
-        "makes them nearly straight and keeps them from crossing in space and time.",
+        f"standardised coordinates in which the flow works{plane}.{straight}",
         figure=plots.trajectories(paths, columns),
     )
 
@@ -336,7 +375,7 @@ def _check_table(check: Check) -> Section:
             ("Time steps", check.steps, ""),
             ("Largest error of the inverse, standard deviations", check.inverse_error, "0"),
             ("Negative log-likelihood, nats", check.nll, ""),
-            ("The same at 4 times the time steps", check.nll_fine, "the same"),
+            ("The same on a finer time grid", check.nll_fine, "the same"),
             ("Integral of the density, by importance sampling", check.mass, "1"),
             ("Its standard error", check.mass_error, ""),
             ("Effective share of the importance samples", check.mass_samples, "large"),

@@ -72,4 +72,5 @@ def reproduce(
         **outcome.details,
     }
     write_json(folder / "metrics.json", read_json(folder / "metrics.json") | result)
-    answer(result, json, f"{outcome.text}\nwrote {folder}: model, report.html, metrics.json")
+    made = [name for name in ("model", "report.html", "metrics.json") if (folder / name).exists()]
+    answer(result, json, f"{outcome.text}\nwrote {folder}: {', '.join(made)}")
