@@ -784,9 +784,11 @@ class Rollout {
     }
 
     static T sum(const V &x) {
-        T total = 0;
-        for (int lane = 0; lane < L; ++lane) total += x[lane];
-        return total;
+        T part[L];
+        for (int lane = 0; lane < L; ++lane) part[lane] = x[lane];
+        for (int half = L / 2; half; half /= 2)  // in pairs: no addition waits for the one before
+            for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+        return part[0];
     }
 
     Index offset_K0() const { return m + Index(rank + 1) * D; }

@@ -100,26 +100,34 @@ class Workspaces {
 
 Workspaces workspaces;
 
+constexpr std::ptrdiff_t SHARE = 4;  // tiles; more would leave threads idle, fewer cost more sums
+constexpr std::ptrdiff_t MOST_SHARES = 64;
+
+// Shares depend on the batch alone, and their sums are added in order: the bits of a result are the
+// same for any number of threads.
 template <class T>
 void run(const Task<T> &task, int threads) {
     const Kernel<T> &kernel = pathline::kernel(T());
     const std::ptrdiff_t tiles = (task.batch + kernel.tile - 1) / kernel.tile;
-    const int count = int(std::clamp<std::ptrdiff_t>(threads, 1, std::max<std::ptrdiff_t>(tiles, 1)));
+    const std::ptrdiff_t shares = std::clamp<std::ptrdiff_t>(tiles / SHARE, 1, MOST_SHARES);
+    const std::ptrdiff_t count = std::clamp<std::ptrdiff_t>(threads, 1, shares);
     const std::size_t size = task.gradient ? std::size_t(task.parameters()) : 0;
     if (size) std::fill_n(task.d_theta, size, T(0));
-    std::vector<std::vector<T>> sums(count - 1, std::vector<T>(size));
-    auto share = [&](int i) {
+    std::vector<std::vector<T>> sums(shares - 1, std::vector<T>(size));
+    auto work = [&](std::ptrdiff_t thread) {
         Task<T> own = task;
-        if (i) own.d_theta = sums[i - 1].data();
         void *memory = workspaces.take(kernel.workspace(own));
-        kernel.run(own, tiles * i / count, tiles * (i + 1) / count, memory);
+        for (auto i = shares * thread / count; i < shares * (thread + 1) / count; ++i) {
+            if (i) own.d_theta = sums[i - 1].data();
+            kernel.run(own, tiles * i / shares, tiles * (i + 1) / shares, memory);
+        }
         workspaces.give(memory);
     };
     std::vector<std::thread> others;
-    for (int i = 1; i < count; ++i) others.emplace_back(share, i);
-    share(0);
+    for (std::ptrdiff_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
+    work(0);
     for (std::thread &other : others) other.join();
-    for (const std::vector<T> &sum : sums)  // always in this order: equal calls give equal bits
+    for (const std::vector<T> &sum : sums)
         for (std::size_t k = 0; k < size; ++k) task.d_theta[k] += sum[k];
 }
 
