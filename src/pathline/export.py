@@ -159,8 +159,8 @@ def _program(flow: Flow, function: _Function) -> torch.export.ExportedProgram:
     step, constants = _step(copy.deepcopy(flow), function)
     looped = _whole(copy.deepcopy(flow))
 
-    def move(z: Tensor, context: Tensor | None, **_: Any) -> tuple[Tensor, Tensor | None]:
-        given = () if context is None else (context,)
+    def move(z: Tensor, features: Tensor | None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        given = () if features is None else (features,)
         state: Any = z.new_zeros((), dtype=torch.int64), z, torch.zeros_like(z).sum(1)
         _, z, log_det = while_loop_op(
             lambda n, *rest: n < flow.steps, step, state, (*given, *constants)
@@ -181,21 +181,22 @@ def _program(flow: Flow, function: _Function) -> torch.export.ExportedProgram:
 
 
 def _step(flow: Flow, function: _Function) -> tuple[nn.Module, list[Tensor]]:
-    """One time step, (n, z, log_det, [context], *constants) to (n + 1, z, log_det), and the
+    """One time step, (n, z, log_det, [features], *constants) to (n + 1, z, log_det), and the
     constants."""
     length = (function.stop - function.start) / flow.steps
     now = _Clock()
     _shift(_whole(flow), now)
     flow.steps = 1
 
-    def step(n: Tensor, z: Tensor, total: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+    def step(n: Tensor, z: Tensor, total: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
         now.time = (function.start + length * n.double()).to(z)
         z, log_det = flow.move(
-            z, *(context or (None,)), start=0.0, stop=length, log_det=function.log_det
+            z, *(features or (None,)), start=0.0, stop=length, log_det=function.log_det
         )
         return n + 1, z, total.clone() if log_det is None else total + log_det
 
     z, *context = _example(flow, 7)
+    context = [flow.features(c) for c in context]
     graph = _traced(step, (torch.tensor(0), z, z.sum(1), *context))
     # The body of a loop may hold no tensors of its own, so they become inputs.
     constants: dict[str, tuple[fx.Node, Tensor]] = {}
@@ -240,7 +241,7 @@ def _whole(flow: Flow) -> Flow:
     def evaluate(
         function: Callable[..., tuple[Tensor, ...]], x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, ...]:
-        context = None if context is None else flow.cast(context)
+        context = None if context is None else context.to(flow.standardize.mean)
         return tuple(result.to(x.dtype) for result in function(x, context))
 
     flow._chunked = evaluate  # type: ignore[method-assign]

@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError
-from .flows import CNF, OTFlow
+from .flows import CNF, ConditionalOTFlow, OTFlow
 from .train.files import read_model, save
 
 __all__ = ["load", "metadata", "save"]
 
-MODELS: dict[str, Any] = {"CNF": CNF, "OTFlow": OTFlow}
+MODELS: dict[str, Any] = {kind.__name__: kind for kind in (CNF, ConditionalOTFlow, OTFlow)}
 
 
 def load(folder: str | Path) -> Any:

@@ -8,9 +8,11 @@ from .cnf import RNODE as RNODE
 from .cnf import MongeAmpere as MongeAmpere
 from .cnf import PotentialFlow as PotentialFlow
 from .cnf_objective import CNFObjective as CNFObjective
+from .conditional import ConditionalOTFlow as ConditionalOTFlow
 from .distribution import FlowDistribution as FlowDistribution
 from .distribution import FlowTransform as FlowTransform
 from .flow import Flow as Flow
+from .map import TransportMap as TransportMap
 from .matching import FlowMatching as FlowMatching
 from .objective import FlowObjective as FlowObjective
 from .otflow import OTFlow as OTFlow
@@ -24,6 +26,7 @@ __all__ = [
     "RNODE",
     "CNFObjective",
     "Check",
+    "ConditionalOTFlow",
     "Flow",
     "FlowDistribution",
     "FlowMatching",
@@ -34,4 +37,5 @@ __all__ = [
     "PotentialFlow",
     "Standardize",
     "Transport",
+    "TransportMap",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .flow import Flow
+    from .map import TransportMap
 
 INVERSE_TOLERANCE = 1e-3  # standard deviations
 TIME_TOLERANCE = 1e-2  # nats
@@ -45,13 +45,14 @@ class Check:
 
 @torch.no_grad()
 def check(
-    flow: "Flow", x: Tensor, context: Tensor | None = None, *, seed: int = 0, samples: int = 4000
+    flow: "TransportMap", x: Tensor, context: Tensor | None = None, *, seed: int = 0, samples: int = 4000
 ) -> Check:
     """See `Flow.check`."""
     x = x[:10_000].to(flow.standardize.mean)
     context = None if context is None else context[: len(x)]
-    y, _ = flow.standardize(x)
-    back, _ = flow.standardize(flow.from_reference(flow.to_reference(x, context), context))
+    y, _ = flow.standardize(x, context)
+    found = flow.from_reference(flow.to_reference(x, context), context)
+    back, _ = flow.standardize(found, context)
     inverse_error = (back - y).abs().max().item()
     nll = -flow.log_prob(x, context).mean().item()
     with flow.refined(4) as finer:
@@ -99,7 +100,7 @@ def check(
 
 
 def _importance_mass(
-    flow: "Flow", y: Tensor, context: Tensor | None, seed: int, samples: int
+    flow: "TransportMap", y: Tensor, context: Tensor | None, seed: int, samples: int
 ) -> tuple[float, float, float]:
     """Integral of the density over standardised space, its standard error, and the effective
     fraction of the samples.
@@ -110,7 +111,8 @@ def _importance_mass(
     generator = torch.Generator().manual_seed(seed)
     dim = flow.dim
     rows = y[torch.randperm(len(y), generator=generator)[:1000].to(y.device)]
-    own, _ = flow.standardize(flow.sample(1000, context, seed=seed).to(flow.standardize.mean))
+    samples_of_flow = flow.sample(1000, context, seed=seed).to(flow.standardize.mean)
+    own, _ = flow.standardize(samples_of_flow, context)
     centres = torch.cat([rows, own])
     narrow = 1.5 * len(centres) ** (-1 / (dim + 4)) * centres.std(0)
     widths, shares = torch.stack([narrow, 3 * narrow + 0.5]), (0.9, 0.1)
@@ -134,7 +136,7 @@ def _importance_mass(
     return mean.item(), (weights.std() / math.sqrt(samples)).item(), effective.item()
 
 
-def _grid_mass(flow: "Flow", y: Tensor, context: Tensor | None, points: int = 300) -> float:
+def _grid_mass(flow: "TransportMap", y: Tensor, context: Tensor | None, points: int = 300) -> float:
     """Integral of the density over the box of the data and three units around it."""
     low, high = y.amin(0) - 3, y.amax(0) + 3
     axes = [
@@ -145,7 +147,7 @@ def _grid_mass(flow: "Flow", y: Tensor, context: Tensor | None, points: int = 30
     return _log_density(flow, grid, context).exp().sum().item() * cell
 
 
-def _log_density(flow: "Flow", y: Tensor, context: Tensor | None) -> Tensor:
+def _log_density(flow: "TransportMap", y: Tensor, context: Tensor | None) -> Tensor:
     """Log-density of standardised points in standardised units."""
-    x = flow.standardize.inverse(y)
-    return flow.log_prob(x, context) - flow.standardize(x)[1]
+    x = flow.standardize.inverse(y, context)
+    return flow.log_prob(x, context) - flow.standardize(x, context)[1]

@@ -208,20 +208,20 @@ class CNF(Flow):
         """What `fit` minimises: likelihood and the weighted costs."""
         return CNFObjective(self)
 
-    def velocity(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def velocity(self, t: Tensor, z: Tensor, features: Tensor | None = None) -> Tensor:
         """dz/dt at time `t`, () or (batch,), and standardised points `z` (batch, dim)."""
-        return self.network(t, z) if context is None else self.network(t, z, context)
+        return self.network(t, z) if features is None else self.network(t, z, features)
 
     def move(
         self,
         z: Tensor,
-        context: Tensor | None,
+        features: Tensor | None,
         *,
         start: float = 0.0,
         stop: float = 1.0,
         log_det: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        found = self.solve(z, context, start=start, stop=stop, wanted=("log_det",) * log_det)
+        found = self.solve(z, features, start=start, stop=stop, wanted=("log_det",) * log_det)
         return found.z, found.log_det
 
     @property
@@ -232,7 +232,7 @@ class CNF(Flow):
     def solve(
         self,
         z: Tensor,
-        context: Tensor | None = None,
+        features: Tensor | None = None,
         *,
         start: float = 0.0,
         stop: float = 1.0,
@@ -246,10 +246,10 @@ class CNF(Flow):
         times = self._times(z, start, stop, self.steps if steps is None else steps)
 
         def velocity(t: Tensor, z: Tensor) -> Tensor:
-            return self.velocity(t, z, context)
+            return self.velocity(t, z, features)
 
         def rates(t: Tensor, z: Tensor, dz: Tensor) -> dict[str, Tensor]:
-            return self._rates(t, z, dz, context, signs, wanted)
+            return self._rates(t, z, dz, features, signs, wanted)
 
         options = self._options()
         if not wanted:
@@ -282,7 +282,7 @@ class CNF(Flow):
         t: Tensor,
         z: Tensor,
         dz: Tensor,
-        context: Tensor | None,
+        features: Tensor | None,
         signs: Tensor | None,
         wanted: Sequence[str],
     ) -> dict[str, Tensor]:
@@ -293,7 +293,7 @@ class CNF(Flow):
         closed = signs is None or (self.trace == "probe" and self.probes == 1)
         if isinstance(network, GradientVelocity) and (closed or "hjb" in wanted):
             phi = network.potential.derivatives(
-                *(z, network.clock(t), context),
+                *(z, network.clock(t), features),
                 value=False,
                 laplacian=closed,
                 probe=signs[0] if closed and signs is not None else None,
@@ -307,7 +307,7 @@ class CNF(Flow):
             return {name: found[name] for name in wanted}
 
         def apply(vectors: Tensor | None) -> Tensor:
-            return products(network, t, z, vectors, context)
+            return products(network, t, z, vectors, features)
 
         if signs is None:
             columns = apply(None)
@@ -327,26 +327,26 @@ class CNF(Flow):
     def trajectory(
         self, x: Tensor, steps: int | None = None, context: Tensor | None = None
     ) -> Tensor:
-        y, _ = self.standardize(self._input(x))
-        context = self._context(context, len(y))
-        z = self.cast(y)
+        z, features, _ = self.coordinates(self._input(x), self._context(context, len(x)))
         steps = self.steps if steps is None else steps
         times = torch.linspace(0.0, 1.0, steps + 1, dtype=z.dtype, device=z.device)
-        return odeint(lambda t, z: self.velocity(t, z, context), z, times, **self._options())
+        return odeint(lambda t, z: self.velocity(t, z, features), z, times, **self._options())
 
     def costs(self, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
         """Means over the rows of `x` of the transport cost, the squared Frobenius norm of dv/dz
         and, of a potential, the HJB residual, each integrated in time, in standardised units."""
-        y, _ = self.standardize(self._input(x))
         wanted = ("transport", "jacobian", *(("hjb",) if self.kind == "potential" else ()))
         with torch.no_grad():
-            found = self.solve(self.cast(y), self._context(context, len(y)), wanted=wanted)
+            y, features, _ = self.coordinates(self._input(x), self._context(context, len(x)))
+            found = self.solve(y, features, wanted=wanted)
         return {name: getattr(found, name).mean().item() for name in wanted}
 
-    def initialise(self, y: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, inputs: Tensor, generator: torch.Generator) -> None:
         """Start a potential from random features of the data."""
         if isinstance(self.network, GradientVelocity):
-            self.network.potential.random_features(y, feature_scale(self.dim), generator)
+            self.network.potential.random_features(
+                inputs, feature_scale(inputs.shape[1]), generator
+            )
 
     @property
     def richardson(self) -> float:  # type: ignore[override]

@@ -23,24 +23,24 @@ class CNFObjective(FlowObjective):
 
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
         flow = self.model
-        y, _ = flow.standardize(batch)
+        y, features, _ = flow.coordinates(*flow.split(batch))
         share = flow.cast(y.new_ones(len(y)) if weights is None else weights) / max(len(y), 1)
         signs = self._signs(flow.signs, *y.shape) if flow.signs else None
         charged = {"transport": flow.transport, "hjb": self.hjb, "jacobian": flow.jacobian}
         charged = {name: weight for name, weight in charged.items() if weight}
-        found = flow.solve(
-            flow.cast(y), steps=self.steps, signs=signs, wanted=("log_det", *charged)
-        )
+        found = flow.solve(y, features, steps=self.steps, signs=signs, wanted=("log_det", *charged))
         assert found.log_det is not None
         nll = ((-flow.reference_log_prob(found.z) - found.log_det) * share).sum()
         terms = {name: (getattr(found, name) * share).sum() for name in charged}
         total = nll + sum(weight * terms[name] for name, weight in charged.items())
         return Loss(total, {"nll": nll.detach()} | {k: v.detach() for k, v in terms.items()})
 
-    def _terms(self, y: Tensor, steps: int, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _terms(
+        self, y: Tensor, features: Tensor | None, steps: int, **training: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """C and L of each row of standardised data; R is not judged."""
         flow = self.model
-        found = flow.solve(flow.cast(y), steps=steps)
+        found = flow.solve(y, features, steps=steps)
         assert found.log_det is not None and found.transport is not None
         C = -flow.reference_log_prob(found.z) - found.log_det
         return C, found.transport, torch.zeros_like(C)

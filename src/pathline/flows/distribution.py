@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, co
 from ..errors import ShapeError
 
 if TYPE_CHECKING:
-    from .flow import Flow
+    from .map import TransportMap
 
 Shape = Size | list[int] | tuple[int, ...]
 
@@ -35,7 +35,7 @@ class FlowDistribution(Distribution):
 
     def __init__(
         self,
-        flow: "Flow",
+        flow: "TransportMap",
         context: Tensor | None = None,
         batch_shape: Shape | None = None,
         validate_args: bool | None = None,
@@ -108,7 +108,7 @@ class FlowTransform(Transform):
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, flow: "Flow", context: Tensor | None = None) -> None:
+    def __init__(self, flow: "TransportMap", context: Tensor | None = None) -> None:
         super().__init__()
         self.flow, self.context = flow, context
 

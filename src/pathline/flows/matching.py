@@ -48,7 +48,7 @@ class FlowMatching(Objective):
 
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
         flow = self.model
-        y = flow.cast(flow.standardize(batch)[0])
+        y, features, _ = flow.coordinates(*flow.split(batch))
         draws = self._generator()
         noise = flow.cast(torch.from_numpy(draws.standard_normal(y.shape)))
         # One time in each of as many intervals as rows: less variance than independent ones.
@@ -58,7 +58,7 @@ class FlowMatching(Objective):
             blocks = zip(y.split(BLOCK), noise.split(BLOCK), strict=True)
             noise = torch.cat([assign(*pair) for pair in blocks])
         z = y + t[:, None] * (noise - y)
-        error = (flow.velocity(t, z) - (noise - y)).square().sum(1)
+        error = (flow.velocity(t, z, features) - (noise - y)).square().sum(1)
         share = flow.cast(y.new_ones(len(y)) if weights is None else weights) / max(len(y), 1)
         total = error @ share
         return Loss(total, {"matching": total.detach()})
@@ -73,7 +73,7 @@ class FlowMatching(Objective):
     @torch.no_grad()
     def validate(self, batch: Tensor) -> Tensor:
         """Negative log-likelihood in the user's units, (rows,)."""
-        return -self.model.log_prob(batch)
+        return -self.model.log_prob(*self.model.split(batch))
 
     def check(self, rows: Rows) -> None:
         self.model.check_rows(rows)
@@ -88,7 +88,7 @@ class FlowMatching(Objective):
 
     def finish(self, rows: Rows) -> dict[str, Any]:
         x, _ = rows.take(slice(0, 2000))
-        self.model.choose_steps(x.to(self.model.standardize.mean.device))
+        self.model.choose_steps(*self.model.split(x.to(self.model.standardize.mean.device)))
         return {"time_steps": self.model.steps}
 
     def inner_weights(self) -> list[Tensor]:

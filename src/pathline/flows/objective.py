@@ -46,10 +46,10 @@ class FlowObjective(Objective):
 
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
         flow = self.model
-        y, _ = flow.standardize(batch)
+        y, features, _ = flow.coordinates(*flow.split(batch))
         share = flow.cast(y.new_ones(len(y)) if weights is None else weights) / max(len(y), 1)
         nll, transport, hjb = (
-            torch.stack(self._terms(y, self.steps, **self._training(share))) @ share
+            torch.stack(self._terms(y, features, self.steps, **self._training(share))) @ share
         )
         terms = {"nll": nll.detach(), "transport": transport.detach(), "hjb": hjb.detach()}
         return Loss(nll + flow.transport * transport + self.hjb * hjb, terms)
@@ -74,11 +74,15 @@ class FlowObjective(Objective):
         signs = 2 * draws.integers(0, 2, shape, dtype=np.int8) - 1
         return self.model.cast(torch.from_numpy(signs))
 
-    def _terms(self, y: Tensor, steps: int, **training: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _terms(
+        self, y: Tensor, features: Tensor | None, steps: int, **training: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """C, L and R of each row of standardised data."""
         flow = self.model
         with native.threads(self.kernel_threads):
-            path = rollout(flow.problem, flow.potential, flow.cast(y), steps=steps, **training)
+            path = rollout(
+                flow.problem, flow.potential, y, context=features, steps=steps, **training
+            )
         assert not (path.log_det is None or path.running_cost is None or path.hjb is None)
         C = flow.problem.terminal_cost(path.z) - path.log_det
         return C, path.running_cost, path.hjb
@@ -86,9 +90,10 @@ class FlowObjective(Objective):
     @torch.no_grad()
     def judge(self, batch: Tensor, steps: int) -> Tensor:
         """C + w L of each row, on `steps` time steps; R only keeps the solution well-behaved."""
-        y, _ = self.model.standardize(batch)
-        terms = [self._terms(chunk, steps) for chunk in y.split(self.model.chunk_rows())]
-        return torch.cat([C + self.model.transport * L for C, L, _ in terms])
+        flow = self.model
+        chunks = [flow.coordinates(*flow.split(part)) for part in batch.split(flow.chunk_rows())]
+        terms = [self._terms(y, features, steps) for y, features, _ in chunks]
+        return torch.cat([C + flow.transport * L for C, L, _ in terms])
 
     def validate(self, batch: Tensor) -> Tensor:
         return self.judge(batch, 2 * self.steps + 1)
@@ -142,7 +147,7 @@ class FlowObjective(Objective):
 
     def finish(self, rows: Rows) -> dict[str, Any]:
         x, _ = rows.take(slice(0, 2000))
-        self.model.choose_steps(x.to(self.model.standardize.mean.device))
+        self.model.choose_steps(*self.model.split(x.to(self.model.standardize.mean.device)))
         return {
             "train_time_steps": self.steps,
             "hjb_weight": self.hjb,

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..control import Rollout, rollout
-from ..errors import ArgumentError
-from ..nets import Potential
+from ..errors import ArgumentError, ModelError
+from ..nets import Embedding, Potential
 from .flow import Flow
 from .objective import FlowObjective
 from .standardize import Bounds
@@ -33,6 +33,8 @@ class OTFlow(Flow):
         depth: layers of Phi; by default 3 for up to three columns, else 2 as published.
         rank: rank of Phi's quadratic term.
         context_dim: number of columns of the context of a conditional density; 0 for none.
+        embedding: of standardised contexts, for the potential: a number of features to be learned
+            by a `nets.Embedding`, or a module (batch, context_dim) -> (batch, features).
         transport: weight w of the transport cost, against the likelihood.
         hjb: weight rho of the HJB residual, against the likelihood; training may raise it. By
             default 0.1, and 0.3 with probes, which need more of it.
@@ -69,6 +71,7 @@ class OTFlow(Flow):
         *,
         rank: int = 10,
         context_dim: int = 0,
+        embedding: int | nn.Module | None = None,
         transport: float = 0.003,
         hjb: float | None = None,
         train_steps: int | None = None,
@@ -103,16 +106,39 @@ class OTFlow(Flow):
         for name, weight in (("transport", transport), ("hjb", hjb)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ArgumentError(f"`{name}` must be finite and >= 0, got {weight!r}")
-        self.potential = Potential(dim, width, depth, rank, context_dim, generator=generator)
+        features = self._embed(embedding, generator)
+        self.potential = Potential(dim, width, depth, rank, features, generator=generator)
         self.potential.hold_constant()
         self.train_trace = train_trace
         self.trace_dtype = None if trace_dtype is None else torch.bfloat16
         self.transport, self.hjb = float(transport), float(hjb)
         self.problem = Transport(dim)
 
+    def _embed(self, embedding: int | nn.Module | None, generator: torch.Generator | None) -> int:
+        """Set the embedding; returns how many columns the potential sees of a context."""
+        if embedding is None:
+            return self.context_dim
+        if not self.context_dim:
+            raise ArgumentError("`embedding` needs a context, and `context_dim` is 0")
+        if not isinstance(embedding, nn.Module):
+            embedding = Embedding(self.context_dim, embedding, generator=generator)
+        self.embedding = embedding
+        with torch.no_grad():
+            return embedding(torch.zeros(2, self.context_dim)).shape[1]
+
     def config(self) -> dict[str, Any]:
-        """The arguments that build this flow again, JSON-safe."""
+        """The arguments that build this flow again, JSON-safe.
+
+        Raises:
+            ModelError: the embedding is a module of the user's own.
+        """
+        if not isinstance(self.embedding, Embedding | None):
+            raise ModelError(
+                "a flow with an `embedding` of your own can't be described in a file; save its "
+                "`state_dict()` and build it again"
+            )
         return super().config() | {
+            "embedding": None if self.embedding is None else self.embedding.features,
             "width": self.potential.width,
             "depth": self.potential.depth,
             "rank": self.potential.A.shape[0],
@@ -126,10 +152,10 @@ class OTFlow(Flow):
         """What `fit` minimises: likelihood, transport cost and HJB residual."""
         return FlowObjective(self)
 
-    def velocity(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def velocity(self, t: Tensor, z: Tensor, features: Tensor | None = None) -> Tensor:
         """dz/dt = -grad Phi(z, t) at time `t`, () or (batch,), and standardised points `z`."""
         gradient = self.potential.derivatives(
-            z, t, context, value=False, dt=False, laplacian=False
+            z, t, features, value=False, dt=False, laplacian=False
         ).grad
         assert gradient is not None
         return -gradient
@@ -137,41 +163,40 @@ class OTFlow(Flow):
     def move(
         self,
         z: Tensor,
-        context: Tensor | None,
+        features: Tensor | None,
         *,
         start: float = 0.0,
         stop: float = 1.0,
         log_det: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        path = self._rollout(z, context, start=start, stop=stop, integrals=log_det)
+        path = self._rollout(z, features, start=start, stop=stop, integrals=log_det)
         return path.z, path.log_det
 
-    def _rollout(self, z: Tensor, context: Tensor | None, **how: Any) -> Rollout:
+    def _rollout(self, z: Tensor, features: Tensor | None, **how: Any) -> Rollout:
         how = {"steps": self.steps} | how
-        return rollout(self.problem, self.potential, z, context=context, **how)
+        return rollout(self.problem, self.potential, z, context=features, **how)
 
     def trajectory(
         self, x: Tensor, steps: int | None = None, context: Tensor | None = None
     ) -> Tensor:
-        y, _ = self.standardize(self._input(x))
+        y, features, _ = self.coordinates(self._input(x), self._context(context, len(x)))
         steps = self.steps if steps is None else steps
-        context = self._context(context, len(y))
-        path = self._rollout(self.cast(y), context, steps=steps, integrals=False, trajectory=True)
+        path = self._rollout(y, features, steps=steps, integrals=False, trajectory=True)
         assert path.trajectory is not None
         return path.trajectory
 
     def costs(self, x: Tensor, context: Tensor | None = None) -> dict[str, float]:
         """Means over the rows of `x` of the transport cost L and the HJB residual R, in
         standardised units."""
-        y, _ = self.standardize(self._input(x))
         with torch.no_grad():
-            path = self._rollout(self.cast(y), self._context(context, len(y)))
+            y, features, _ = self.coordinates(self._input(x), self._context(context, len(x)))
+            path = self._rollout(y, features)
         assert path.running_cost is not None and path.hjb is not None
         return {"transport": path.running_cost.mean().item(), "hjb": path.hjb.mean().item()}
 
-    def initialise(self, y: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, inputs: Tensor, generator: torch.Generator) -> None:
         """Start Phi from random features of the data."""
-        self.potential.random_features(y, feature_scale(self.dim), generator)
+        self.potential.random_features(inputs, feature_scale(inputs.shape[1]), generator)
 
     def chunk_rows(self) -> int:
         return min(max(2**17 // self.potential.width, 128), 8192)

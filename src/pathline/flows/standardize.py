@@ -14,23 +14,35 @@ Bounds = tuple[float | None, float | None]
 
 
 class Standardize(nn.Module):
-    """A fixed bijection y = scale^-1 (g(x) - mean); g sends each bounded column to the line.
+    """A fixed bijection y = scale^-1 (g(x) - mean - slope c); g sends each bounded column to the
+    line, and c = (context - context_mean) / context_scale of a conditional density.
 
     `scale` = D R^(1/2) from standard deviations D and correlations R, so that y has mean zero
     and covariance one: for Gaussian data this is the optimal-transport map in the coordinates
     D^-1 x, and a flow has only the rest to learn. g is log(x - lower) or log(upper - x) for
     columns bounded on one side, the logit for columns bounded on both, else the identity.
 
-    Buffers, in double precision: `mean` (dim,), `scale` (dim, dim), `lower` and `upper` (dim,).
+    With a context, `slope` is the linear regression of g(x) on c, and D and R are those of its
+    residuals: for jointly Gaussian data, y is N(0, I) whatever the context, by the conditional
+    optimal-transport map.
+
+    Buffers, in double precision: `mean` (dim,), `scale` (dim, dim), `lower` and `upper` (dim,);
+    with a context `context_mean` and `context_scale` (context_dim,), `slope` (dim, context_dim).
     """
 
     mean: Tensor
     scale: Tensor
     lower: Tensor
     upper: Tensor
+    context_mean: Tensor
+    context_scale: Tensor
+    slope: Tensor
 
-    def __init__(self, dim: int, bounds: Sequence[Bounds] | None = None) -> None:
+    def __init__(
+        self, dim: int, bounds: Sequence[Bounds] | None = None, context_dim: int = 0
+    ) -> None:
         super().__init__()
+        self.context_dim = context_dim
         bounds = [(None, None)] * dim if bounds is None else bounds
         ends = [
             (-math.inf if a is None else float(a), math.inf if b is None else float(b))
@@ -45,6 +57,11 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.eye(dim, dtype=torch.float64))
         self.register_buffer("lower", lower.clone())
         self.register_buffer("upper", upper.clone())
+        if context_dim:
+            zeros = torch.zeros(context_dim, dtype=torch.float64)
+            self.register_buffer("context_mean", zeros)
+            self.register_buffer("context_scale", torch.ones_like(zeros))
+            self.register_buffer("slope", zeros.new_zeros(dim, context_dim))
         self.bounded = bool((lower.isfinite() | upper.isfinite()).any())
         self._solved: tuple[Tensor, int, Tensor, Tensor] | None = None
 
@@ -55,11 +72,21 @@ class Standardize(nn.Module):
         pairs = zip(self.lower.tolist(), self.upper.tolist(), strict=True)
         return [[end if math.isfinite(end) else None for end in pair] for pair in pairs]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Coordinates y of the rows of `x` (batch, dim), and log |det dy/dx| (batch,)."""
         x, log_slope = self.unbound(x.to(self.mean))
         inverse, log_det = self._inverse()
-        return (x - self.mean) @ inverse.mT, log_slope - log_det
+        return (x - self.centre(context)) @ inverse.mT, log_slope - log_det
+
+    def context(self, context: Tensor) -> Tensor:
+        """c, the standardised `context` (batch, context_dim)."""
+        return (context.to(self.mean) - self.context_mean) / self.context_scale
+
+    def centre(self, context: Tensor | None) -> Tensor:
+        """mean + slope c: (dim,), or (batch, dim) with a context."""
+        if context is None:
+            return self.mean
+        return self.mean + self.context(context) @ self.slope.mT
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_solved": None}  # copies count their versions anew
@@ -72,9 +99,9 @@ class Standardize(nn.Module):
             kept = self._solved = scale, scale._version, torch.linalg.inv(scale), log_det
         return kept[2], kept[3]
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """The rows x of the coordinates `y`, (batch, dim)."""
-        y = y.to(self.mean) @ self.scale.mT + self.mean
+        y = y.to(self.mean) @ self.scale.mT + self.centre(context)
         if not self.bounded:
             return y
         below, above = self.lower.isfinite(), self.upper.isfinite()
@@ -105,7 +132,7 @@ class Standardize(nn.Module):
         if not self.bounded:
             return
         for x, _ in rows.blocks():
-            outside = ~self.inside(x.to(self.lower))
+            outside = ~self.inside(x[:, : len(self.mean)].to(self.lower))
             if outside.any():
                 row, column = torch.nonzero(outside)[0].tolist()
                 raise DataError(
@@ -116,43 +143,68 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def fit(self, rows: Rows) -> None:
-        """Set mean and scale from the training rows.
+        """Set mean, scale and slope from the training rows (x, context).
 
-        With few rows the correlations shrink towards none by exp(-rows/dim).
+        With few rows the correlations shrink towards none by exp(-rows/dim), and the slope by a
+        ridge of context_dim/rows. A constant column of the context says nothing: its slope is 0.
 
         Raises:
-            DataError: a constant column, or columns that are linearly dependent: no density
-                exists then.
+            DataError: a constant column of x, or columns that are linearly dependent on each
+                other or on the context: no density exists then.
         """
-        dim = rows.columns
-        mean, square = torch.zeros(dim).double(), torch.zeros(dim, dim).double()
+        dim = len(self.mean)
+        mean, covariance, size = self._moments(rows)
+        std = covariance.diagonal().clamp_min(0).sqrt()
+        flat = std <= 1e-12 * (size + std)
+        if flat[:dim].any():
+            names = torch.nonzero(flat[:dim]).flatten().tolist()
+            raise DataError(
+                f"constant columns have no density, and so are the columns {names} in the "
+                f"{len(rows)} training rows of `{rows.name}`"
+            )
+        given = ""
+        if self.context_dim:
+            self.context_mean.copy_(mean[dim:])
+            self.context_scale.copy_(std[dim:].where(~flat[dim:], 1.0))
+            slope, covariance = self._regress(covariance, len(rows))
+            self.slope.copy_(slope)
+            std, given = covariance.diagonal().clamp_min(0).sqrt(), ", given their context"
+        correlation = covariance / (std[:, None] * std)
+        values, vectors = torch.linalg.eigh(torch.nan_to_num(correlation))
+        if len(rows) > dim and values[0] < 1e-12:
+            names = torch.nonzero(vectors[:, 0].abs() > 0.1).flatten().tolist()
+            raise DataError(
+                f"`{rows.name}` has linearly dependent columns{given}, which have no joint "
+                f"density: {names}; drop one of them"
+            )
+        shrink = math.exp(-len(rows) / dim)
+        values = (1 - shrink) * values + shrink
+        root = (vectors * values.sqrt()) @ vectors.mT
+        self.mean.copy_(mean[:dim])
+        self.scale.copy_(std[:, None] * root)
+
+    def _moments(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and covariance of (g(x), context), and the size of their numbers."""
+        dim, columns = len(self.mean), rows.columns
+        mean, square = torch.zeros(columns).double(), torch.zeros(columns, columns).double()
         first = None
         for x, w in rows.blocks():
-            g = self.unbound(x.to(self.mean))[0].cpu()
+            x = x.to(self.mean)
+            g = torch.cat([self.unbound(x[:, :dim])[0], x[:, dim:]], 1).cpu()
             first = g[0] if first is None else first  # a pilot mean, against cancellation
             weighted = (g - first) if w is None else (g - first) * w.cpu()[:, None]
             mean += weighted.sum(0) / len(rows)
             square += weighted.mT @ (g - first) / len(rows)
         assert first is not None
-        covariance = square - mean[:, None] * mean
-        std = covariance.diagonal().clamp_min(0).sqrt()
-        flat = std <= 1e-12 * (first.abs() + mean.abs() + std)
-        if flat.any():
-            names = torch.nonzero(flat).flatten().tolist()
-            raise DataError(
-                f"constant columns have no density, and so are the columns {names} in the "
-                f"{len(rows)} training rows of `{rows.name}`"
-            )
-        correlation = covariance / (std[:, None] * std)
-        values, vectors = torch.linalg.eigh(correlation)
-        if len(rows) > dim and values[0] < 1e-12:
-            names = torch.nonzero(vectors[:, 0].abs() > 0.1).flatten().tolist()
-            raise DataError(
-                f"`{rows.name}` has linearly dependent columns, which have no joint density: "
-                f"{names}; drop one of them"
-            )
-        shrink = math.exp(-len(rows) / dim)
-        values = (1 - shrink) * values + shrink
-        root = (vectors * values.sqrt()) @ vectors.mT
-        self.mean.copy_(first + mean)
-        self.scale.copy_(std[:, None] * root)
+        return first + mean, square - mean[:, None] * mean, first.abs() + mean.abs()
+
+    def _regress(self, covariance: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Slope of g(x) on c by ridge regression, and the covariance of what it leaves."""
+        dim = len(self.mean)
+        scale = torch.cat([torch.ones(dim).double(), self.context_scale.cpu()])
+        covariance = covariance / (scale[:, None] * scale)
+        own, shared, other = covariance[:dim, :dim], covariance[:dim, dim:], covariance[dim:, dim:]
+        # A column that is all but constant would get a slope of rounding errors.
+        ridge = max(self.context_dim / rows, 1e-10) * torch.eye(self.context_dim).double()
+        slope = torch.linalg.solve(other + ridge, shared.mT).mT
+        return slope, own - slope @ shared.mT - shared @ slope.mT + slope @ other @ slope.mT

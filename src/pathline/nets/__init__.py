@@ -1,6 +1,7 @@
 """Parametrised functions."""
 
 from .autodiff import AutodiffPotential as AutodiffPotential
+from .embedding import Embedding as Embedding
 from .potential import Derivatives as Derivatives
 from .potential import Potential as Potential
 from .trace import row_space as row_space
@@ -13,6 +14,7 @@ from .velocity import products as products
 __all__ = [
     "AutodiffPotential",
     "Derivatives",
+    "Embedding",
     "FreeVelocity",
     "GradientVelocity",
     "Potential",

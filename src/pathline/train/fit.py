@@ -21,9 +21,9 @@ Array = np.ndarray | Tensor
 
 def fit(
     model: nn.Module,
-    data: Array,
+    data: Array | tuple[Array, Array],
     *,
-    validation: Array | None = None,
+    validation: Array | tuple[Array, Array] | None = None,
     sample_weight: Array | None = None,
     out: str | Path | None = None,
     seed: int = 0,
@@ -45,8 +45,9 @@ def fit(
 
     Args:
         model: an `Objective`, or a model whose `objective()` gives one.
-        data: (rows, columns); a memory-mapped NumPy array is never loaded whole.
-        validation: (rows, columns) that pick the best model; a random tenth of `data` if None.
+        data: (rows, columns); a memory-mapped NumPy array is never loaded whole. For a
+            conditional model a pair (x, context) of such, in the same order.
+        validation: rows like `data` that pick the best model; a random tenth of `data` if None.
         sample_weight: (rows,), not negative; weights of the rows of `data`.
         out: run folder for config.json, model/, checkpoint/, log.jsonl and metrics.json.
         seed: of everything random; the same seed on the same machine gives the same weights.
@@ -121,15 +122,18 @@ def _check(values: dict[str, Any]) -> None:
 
 
 def _split(
-    data: Array, validation: Array | None, sample_weight: Array | None, seed: int
+    data: Array | tuple[Array, Array],
+    validation: Array | tuple[Array, Array] | None,
+    sample_weight: Array | None,
+    seed: int,
 ) -> tuple[Rows, Rows]:
-    rows = Rows(data, sample_weight)
+    rows = Rows(_joined(data, "data"), sample_weight)
     if rows.weights is not None and bool((rows.weights == 0).any()):
         rows = rows.subset(torch.nonzero(rows.weights).flatten())
     if len(rows) < 2:
         raise ArgumentError(f"`data` must have at least two rows, got {len(rows)}")
     if validation is not None:
-        held = Rows(validation, name="validation")
+        held = Rows(_joined(validation, "validation"), name="validation")
         if held.columns != rows.columns:
             raise ShapeError(
                 f"`validation` must have {rows.columns} columns like `data`, got {held.columns}"
@@ -137,6 +141,17 @@ def _split(
         return rows, held
     kept, held_out = hold_out(len(rows), seed)
     return rows.subset(kept), rows.subset(held_out)
+
+
+def _joined(data: Array | tuple[Array, Array], name: str) -> Array:
+    """A pair (x, context) as one array, side by side."""
+    if not isinstance(data, tuple):
+        return data
+    parts = [Rows(part, name=f"{name}[{i}]") for i, part in enumerate(data)]
+    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+        shapes = ", ".join(str((len(part), part.columns)) for part in parts)
+        raise ShapeError(f"`{name}` must be a pair (x, context) of as many rows, got {shapes}")
+    return torch.cat([part.take(slice(None))[0].cpu() for part in parts], 1)
 
 
 def hold_out(rows: int, seed: int) -> tuple[Tensor, Tensor]:
