@@ -51,8 +51,7 @@ def check(
     x = x[:10_000].to(flow.standardize.mean)
     context = None if context is None else context[: len(x)]
     y, _ = flow.standardize(x)
-    back, _ = flow.standardize(flow.from_reference(flow.to_reference(x, context), context))
-    inverse_error = (back - y).abs().max().item()
+    inverse_error = flow.inverse_error(x, context)
     nll = -flow.log_prob(x, context).mean().item()
     with flow.refined(4) as finer:
         nll_fine = -flow.log_prob(x, context).mean().item()

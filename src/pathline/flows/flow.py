@@ -16,6 +16,8 @@ from .check import Check, check
 from .distribution import FlowDistribution
 from .standardize import Bounds, Standardize
 
+INVERSE_TOLERANCE = 1e-4  # standard deviations, in double precision
+
 
 class Flow(nn.Module):
     """An invertible density model: dz/dt = v(t, z) carries data at t = 0 to N(0, I) at t = 1.
@@ -284,19 +286,24 @@ class Flow(nn.Module):
             raise ArgumentError(f"`tolerance` must be positive, got {tolerance!r}")
         exact = copy.deepcopy(self).double()
         exact.steps = self.train_steps
-        y, _ = self.standardize(x)
         log_prob = exact.log_prob(x, context)
         while True:
             with exact.refined(2):
                 finer = exact.log_prob(x, context)
             error = ((finer - log_prob).abs().mean() * self.richardson).item()
-            back = exact.from_reference(exact.to_reference(x, context), context)
-            inverse_error = (self.standardize(back)[0] - y).abs().max()
-            if (error <= tolerance and inverse_error < 1e-4) or 2 * exact.steps > most:
+            right = error <= tolerance and exact.inverse_error(x, context) < INVERSE_TOLERANCE
+            if right or 2 * exact.steps > most:
                 break
             exact.steps, log_prob = 2 * exact.steps, finer
         self.steps = exact.steps
         return error
+
+    @torch.no_grad()
+    def inverse_error(self, x: Tensor, context: Tensor | None = None) -> float:
+        """The largest |x - f^-1(f(x))| of the rows of `x`, in standard deviations."""
+        y, _ = self.standardize(x)
+        back = self.from_reference(self.to_reference(x, context), context)
+        return (self.standardize(back)[0] - y).abs().max().item()
 
     def cast(self, y: Tensor) -> Tensor:
         """`y` in the precision and on the device of the parameters."""
