@@ -47,7 +47,7 @@ import torch
 from peers.ffjord import FFJORD
 from peers.peer import Diverged, Peer
 from peers.published_otflow import Published, check
-from peers.zuko_flows import CNF, NSF
+from peers.zuko_flows import CNF, MAF, NSF
 from torch import Tensor
 
 import pathline as pl
@@ -164,7 +164,7 @@ def make(method: str, data: Data) -> Peer:
         return NSF(data.dim, 128 if data.name == "bsds300" else 64)
     if method == "published":
         return Published(data.name, data.dim)
-    return {"cnf": CNF, "ffjord": FFJORD}[method](data.dim)
+    return {"cnf": CNF, "ffjord": FFJORD, "maf": MAF}[method](data.dim)
 
 
 def evaluate(peer: Peer, data: Data) -> Point:

@@ -1,5 +1,6 @@
 """The family of continuous normalizing flows, as options of one model."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ..nets import (
     products,
 )
 from .cnf_objective import CNFObjective
-from .flow import Flow
+from .flow import INVERSE_TOLERANCE, Flow
 from .otflow import OTFlow, feature_scale
 from .standardize import Bounds
 
@@ -374,6 +375,7 @@ class CNF(Flow):
         finally:
             self.rtol, self.atol = before
 
+    @torch.no_grad()
     def choose_steps(
         self,
         x: Tensor,
@@ -383,15 +385,18 @@ class CNF(Flow):
         most: int = 128,
     ) -> float:
         """As `Flow.choose_steps`; an adaptive method gets tolerances, each a tenth of the one
-        before, until the log-densities are right to `tolerance`."""
+        before, until log-densities and inverse are as right."""
         if not self.adaptive:
             return super().choose_steps(x, context, tolerance=tolerance, most=most)
+        exact = copy.deepcopy(self).double()
         while True:
-            with torch.no_grad():
-                error = self.log_prob(x, context, return_error=True)[1].mean().item()
-            if error <= tolerance or min(self.rtol, self.atol) < 1e-9:
-                return error
-            self.rtol, self.atol = self.rtol / 10, self.atol / 10
+            error = exact.log_prob(x, context, return_error=True)[1].mean().item()
+            right = error <= tolerance and exact.inverse_error(x, context) < INVERSE_TOLERANCE
+            if right or min(exact.rtol, exact.atol) < 1e-9:
+                break
+            exact.rtol, exact.atol = exact.rtol / 10, exact.atol / 10
+        self.rtol, self.atol = exact.rtol, exact.atol
+        return error
 
     def chunk_rows(self) -> int:
         widest = max(p.shape[0] for p in self.parameters())

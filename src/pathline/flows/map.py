@@ -195,6 +195,13 @@ class TransportMap(nn.Module):
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return self.cast(torch.randn(n, self.dim, generator=generator, dtype=torch.float64))
 
+    @torch.no_grad()
+    def inverse_error(self, x: Tensor, context: Tensor | None = None) -> float:
+        """The largest |x - f^-1(f(x))| of the rows of `x`, in standard deviations."""
+        y, _ = self.standardize(x, context)
+        back = self.from_reference(self.to_reference(x, context), context)
+        return (self.standardize(back, context)[0] - y).abs().max().item()
+
     def check(self, x: Tensor, context: Tensor | None = None, *, seed: int = 0) -> Check:
         """Can this model be trusted? Inverse error, refinement, and total mass.
 
