@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter
+from scipy.special import bdtrik
 
 from .errors import ShapeError
 
@@ -25,6 +27,7 @@ INK, GREY, FAINT = "#222222", "#888888", "#DDDDDD"
 DATA_SHADES = LinearSegmentedColormap.from_list("data", ["#FFFFFF", "#9CCBE6", DATA, "#00304F"])
 MASSES = (0.5, 0.8, 0.95)  # of the samples, inside their contours
 MOST_COLUMNS = 8
+MOST_PANELS = 24
 MINUS = "\N{MINUS SIGN}"
 FEW = 300  # below this many, points say more than bins
 
@@ -48,65 +51,66 @@ def corner(data: ArrayLike, samples: ArrayLike, columns: Sequence[str]) -> Figur
             f"`data`, `samples` and `columns` must have the same number of columns, got {dim}, "
             f"{y.shape[1]} and {len(columns)}"
         )
-    k = min(dim, MOST_COLUMNS)
-    ranges = [limits(x[:, i], y[:, i]) for i in range(k)]
-    side = {1: 3.6, 2: 2.3, 3: 1.8, 4: 1.5, 5: 1.28, 6: 1.12, 7: 1.0}.get(k, 0.92)  # inches
-    left, right, bottom, top = 0.95, 0.15, 0.68, 0.4 if dim > k or k == 1 else 0.12
-    width, height = left + k * side + right, bottom + k * side + top
-    letters = int(side * 72 / (0.7 * 8))
-    names = [_short(name, letters) for name in columns[:k]]
-    if len(set(names)) < k:  # what told them apart was left out
-        names = [_short(f"{i + 1}: {name}", letters) for i, name in enumerate(columns[:k])]
-    figure = Figure(figsize=(width, height))
-    for row in range(k):
-        for column in range(row + 1):
-            ax = figure.add_axes(
-                (
-                    (left + (column + 0.04) * side) / width,
-                    (bottom + (k - 1 - row + 0.04) * side) / height,
-                    0.92 * side / width,
-                    0.92 * side / height,
-                )
-            )
-            pair = [column, row]
-            if row == column:
-                _histograms(ax, x[:, row], y[:, row], ranges[row])
-            else:
-                _pair(ax, x[:, pair], y[:, pair], ranges[column], ranges[row])
-            size = 7 if k < 6 else 6
-            _frame(ax, size)
-            ax.set_xticks(*_few_ticks(ranges[column], side * 72 / size))
-            if row != column:
-                ax.set_yticks(*_few_ticks(ranges[row], side * 72 / size, upright=True))
-            if row == k - 1:
-                ax.set_xlabel(names[column], fontsize=8, color=INK)
-                ax.xaxis.set_label_coords(0.5, -0.26 / side)
-            else:
-                ax.tick_params(labelbottom=False)
-            if column == 0 and row > 0:
-                ax.set_ylabel(names[row], fontsize=8, color=INK)
-                ax.yaxis.set_label_coords(-0.46 / side, 0.5)
-            elif row != column:
-                ax.tick_params(labelleft=False)
-    inside = "" if k == 1 else f"\n{_percents()} of them inside"
-    figure.legend(
-        handles=[
+    figure = _triangle(
+        x,
+        y,
+        columns,
+        [limits(x[:, i], y[:, i]) for i in range(dim)],
+        [
             Patch(facecolor=DATA, label=f"data ({len(x):,} rows)"),
-            Line2D([], [], color=SAMPLES, lw=1.4, label=f"samples of the model{inside}"),
+            Line2D([], [], color=SAMPLES, lw=1.4, label=f"samples of the model{_inside(dim)}"),
         ],
-        # The triangle's free corner; a single panel has none.
-        loc="upper left" if k == 1 else "upper right",
-        bbox_to_anchor=(left / width, 1.0) if k == 1 else (1 - right / width, 1 - top / height),
-        ncols=2 if k == 1 else 1,
-        fontsize=8,
-        frameon=False,
     )
-    if dim > k:
-        figure.suptitle(
-            f"The first {k} of {dim} columns", fontsize=10, color=INK, x=left / width, ha="left",
-            y=1 - 0.15 / height, va="top",
-        )  # fmt: skip
     figure.set_label("Corner plot: histograms of each column and pair of columns, data and samples")
+    return figure
+
+
+def pairs(
+    samples: ArrayLike,
+    columns: Sequence[str],
+    *,
+    truth: ArrayLike | None = None,
+    reference: ArrayLike | None = None,
+) -> Figure:
+    """Every parameter, and every pair of parameters, of posterior samples.
+
+    Args:
+        samples: (rows, dim); rows that are not finite are left out.
+        columns: dim names. Beyond 8 the first 8 are drawn, and the title says so.
+        truth: (dim,), marked by lines, and inside the limits wherever it is.
+        reference: samples of a posterior to compare with, (rows, dim).
+
+    Returns:
+        A figure as of `corner`: samples as histograms and shades. The contours hold 50, 80 and
+        95 % of the reference's samples, or without these of the posterior's own.
+    """
+    x = _rows(samples, "samples")
+    dim = x.shape[1]
+    y = None if reference is None else _rows(reference, "reference")
+    point = None if truth is None else np.asarray(truth, dtype=float)
+    shapes = [(len(columns),), (dim,) if point is None else point.shape]
+    if y is not None:
+        shapes.append(y.shape[1:])
+    if set(shapes) != {(dim,)}:
+        raise ShapeError(
+            f"`columns`, `truth` and `reference` must have {dim} columns, as `samples`, got "
+            f"{', '.join(map(str, shapes))}"
+        )
+    ranges = [limits(x[:, i], () if y is None else y[:, i]) for i in range(dim)]
+    handles: list[Any] = [Patch(facecolor=DATA, label=f"posterior ({len(x):,} samples)")]
+    if y is not None:
+        held = _inside(dim) if len(y) >= FEW else ""
+        handles.append(Line2D([], [], color=SAMPLES, lw=1.4, label=f"reference{held}"))
+    elif dim > 1 and len(x) >= FEW:
+        handles.append(Line2D([], [], color=INK, lw=0.9, label=_inside(dim).strip()))
+    if point is not None:
+        ranges = [
+            (min(low, at - 0.06 * (high - low)), max(high, at + 0.06 * (high - low)))
+            for (low, high), at in zip(ranges, point, strict=True)
+        ]
+        handles.append(Line2D([], [], color=REFERENCE, lw=1.4, label="true parameters"))
+    figure = _triangle(x, y, columns, ranges, handles, point)
+    figure.set_label("Pair plot: histograms of each parameter and pair of parameters")
     return figure
 
 
@@ -409,6 +413,111 @@ def curves(
     return figure
 
 
+def rank_histograms(counts: ArrayLike, expected: ArrayLike, names: Sequence[str]) -> Figure:
+    """Ranks of true parameters among posterior samples, a panel for each.
+
+    Args:
+        counts: of test rows in each bin of ranks, (panels, bins).
+        expected: their means where the ranks are uniform, (bins,).
+        names: of the panels. Beyond 24 the first 24 are drawn, and the title says so.
+
+    Returns:
+        A figure with an axes for each panel: bars, and a band in which 99 % of the bars of uniform
+        ranks lie.
+    """
+    bars, mean = np.asarray(counts, dtype=float), np.asarray(expected, dtype=float)
+    if bars.ndim != 2 or mean.shape != bars.shape[1:] or len(names) != len(bars):
+        raise ShapeError(
+            f"`counts`, `expected` and `names` must be (panels, bins), (bins,) and (panels,), got "
+            f"{bars.shape}, {mean.shape} and ({len(names)},)"
+        )
+    shown, bins = min(len(bars), MOST_PANELS), len(mean)
+    total = mean.sum()
+    low, high = (bdtrik(tail, total, mean / total) for tail in (0.005, 0.995))
+    low, high = np.floor(np.maximum(low, 0)), np.ceil(high)
+    wide = min(shown, 4)
+    tall = -(-shown // wide)
+    figure = Figure(figsize=(max(3.4, 0.5 + 1.95 * wide), 0.75 + 1.5 * tall), layout="constrained")
+    axes = figure.subplots(tall, wide, sharex=True, sharey=True, squeeze=False).ravel()
+    edges = np.linspace(0, 1, bins + 1)
+    top = 1.15 * max(bars[:shown].max(), high.max())
+    for ax, heights, name in zip(axes, bars, names, strict=False):
+        ax.stairs(high, edges, baseline=low, color=GREY, fill=True, alpha=0.3)
+        ax.stairs(mean, edges, color=INK, lw=0.8, baseline=None)
+        ax.stairs(heights, edges, color=DATA, fill=True, alpha=0.3)
+        ax.stairs(heights, edges, color=DATA, lw=1.2)
+        outside = (heights < low) | (heights > high)
+        ax.plot(edges[:-1][outside] + 0.5 / bins, heights[outside], "o", color=SAMPLES, ms=3.5)
+        ax.set_title(_short(name, 26), fontsize=8, color=INK)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, top)
+        _frame(ax, 7)
+        ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True, steps=[1, 2, 5, 10]))
+    for ax in axes[shown:]:
+        ax.set_axis_off()
+    for ax in axes[max(0, shown - wide) : shown]:  # the lowest panel of each column
+        ax.tick_params(labelbottom=True)
+    figure.supxlabel("rank of the true value among posterior samples", fontsize=8, color=INK)
+    figure.supylabel("test rows", fontsize=8, color=INK)
+    figure.legend(
+        handles=[
+            Patch(facecolor=DATA, alpha=0.5, label="ranks"),
+            Line2D([], [], marker="o", color=SAMPLES, lw=0, ms=3.5, label="outside"),
+            Patch(facecolor=GREY, alpha=0.3, label="99 % of the bars, if calibrated"),
+        ],
+        loc="outside upper center", ncols=3, fontsize=8, frameon=False, columnspacing=1.2,
+        title=f"The first {shown} of {len(bars)}" if len(bars) > shown else None,
+        title_fontsize=8,
+    )  # fmt: skip
+    figure.set_label("Histograms of the ranks of true parameters among posterior samples")
+    return figure
+
+
+def coverage(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+) -> Figure:
+    """How often regions of a posterior hold the truth, against how often they should.
+
+    Args:
+        curves: by name, the levels, how often those regions hold the truth, and the lower and
+            upper ends of the band of a calibrated posterior; each (points,), from 0 to 1.
+
+    Returns:
+        A figure with an axes for each curve.
+    """
+    figure = Figure(figsize=(0.6 + 3.0 * max(1, len(curves)), 3.7), layout="constrained")
+    axes = figure.subplots(1, max(1, len(curves)), sharey=True, squeeze=False)[0]
+    for ax, (name, arrays) in zip(axes, curves.items(), strict=False):
+        levels, covered, low, high = (np.asarray(values, dtype=float) for values in arrays)
+        if levels.ndim != 1 or {covered.shape, low.shape, high.shape} != {levels.shape}:
+            raise ShapeError(f"curve {name!r} must be four arrays (points,) of the same length")
+        ax.fill_between(levels, low, high, color=GREY, alpha=0.35, linewidth=0)
+        ax.plot([0, 1], [0, 1], color=INK, lw=0.8)
+        ax.plot(levels, covered, "o-", color=DATA, lw=1.2, ms=3)
+        outside = (covered < low) | (covered > high)
+        ax.plot(levels[outside], covered[outside], "o", color=SAMPLES, ms=4)
+        ax.set_title(_short(name, 40), fontsize=9, color=INK)
+        ax.set_xlabel("share of the posterior in the region", fontsize=8, color=INK)
+        ax.set_xlim(0, 1)
+        ax.set_ylim(0, 1)
+        ax.set_box_aspect(1)
+        _ticks(ax, size=7, count=6)
+        ax.grid(color=FAINT, lw=0.5)
+        ax.set_axisbelow(True)
+    axes[0].set_ylabel("how often it holds the truth", fontsize=8, color=INK)
+    figure.legend(
+        handles=[
+            Line2D([], [], marker="o", color=DATA, lw=1.2, ms=3, label="posterior"),
+            Line2D([], [], marker="o", color=SAMPLES, lw=0, ms=4, label="outside the band"),
+            Patch(facecolor=GREY, alpha=0.35, label="curves, if calibrated"),
+        ],
+        loc="outside upper center", ncols=3, fontsize=8, frameon=False,
+    )  # fmt: skip
+    figure.set_label(f"Coverage of the regions of a posterior: {', '.join(curves)}")
+    return figure
+
+
 def to_png(figure: Figure, dpi: float = 110) -> bytes:
     """The figure as a PNG on white."""
     buffer = io.BytesIO()
@@ -480,8 +589,10 @@ def _rank(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _percents() -> str:
-    return ", ".join(f"{100 * mass:g}" for mass in MASSES) + " %"
+def _inside(dim: int) -> str:
+    """What the contours hold, for a legend; nothing where there are no pairs."""
+    percents = ", ".join(f"{100 * mass:g}" for mass in MASSES)
+    return "" if dim == 1 else f"\n{percents} % of them inside"
 
 
 def _rows(values: ArrayLike, name: str) -> np.ndarray:
@@ -492,25 +603,98 @@ def _rows(values: ArrayLike, name: str) -> np.ndarray:
     return rows[np.isfinite(rows).all(1)]
 
 
-def _histograms(ax: Axes, x: np.ndarray, y: np.ndarray, span: tuple[float, float]) -> None:
-    """Both as densities over all their rows, so that what lies outside the limits counts."""
+def _triangle(
+    x: np.ndarray,
+    y: np.ndarray | None,
+    columns: Sequence[str],
+    ranges: Sequence[tuple[float, float]],
+    handles: list[Any],
+    truth: np.ndarray | None = None,
+) -> Figure:
+    """Panels for each column and pair of columns: `x` shaded, `y` (or else x) as contours."""
+    dim = x.shape[1]
+    k = min(dim, MOST_COLUMNS)
+    side = {1: 3.6, 2: 2.3, 3: 1.8, 4: 1.5, 5: 1.28, 6: 1.12, 7: 1.0}.get(k, 0.92)  # inches
+    left, right, bottom, top = 0.95, 0.15, 0.68, 0.4 if dim > k or k == 1 else 0.12
+    width, height = left + k * side + right, bottom + k * side + top
+    letters = int(side * 72 / (0.7 * 8))
+    names = [_short(name, letters) for name in columns[:k]]
+    if len(set(names)) < k:  # what told them apart was left out
+        names = [_short(f"{i + 1}: {name}", letters) for i, name in enumerate(columns[:k])]
+    figure = Figure(figsize=(width, height))
+    for row in range(k):
+        for column in range(row + 1):
+            ax = figure.add_axes(
+                (
+                    (left + (column + 0.04) * side) / width,
+                    (bottom + (k - 1 - row + 0.04) * side) / height,
+                    0.92 * side / width,
+                    0.92 * side / height,
+                )
+            )
+            pair = [column, row]
+            if row == column:
+                _histograms(ax, x[:, row], None if y is None else y[:, row], ranges[row])
+            else:
+                other = None if y is None else y[:, pair]
+                _pair(ax, x[:, pair], other, ranges[column], ranges[row])
+            if truth is not None:
+                ax.axvline(truth[column], color=REFERENCE, lw=1.1)
+                if row != column:
+                    ax.axhline(truth[row], color=REFERENCE, lw=1.1)
+                    ax.plot(truth[column], truth[row], "o", color=REFERENCE, ms=3.5)
+            size = 7 if k < 6 else 6
+            _frame(ax, size)
+            ax.set_xticks(*_few_ticks(ranges[column], side * 72 / size))
+            if row != column:
+                ax.set_yticks(*_few_ticks(ranges[row], side * 72 / size, upright=True))
+            if row == k - 1:
+                ax.set_xlabel(names[column], fontsize=8, color=INK)
+                ax.xaxis.set_label_coords(0.5, -0.26 / side)
+            else:
+                ax.tick_params(labelbottom=False)
+            if column == 0 and row > 0:
+                ax.set_ylabel(names[row], fontsize=8, color=INK)
+                ax.yaxis.set_label_coords(-0.46 / side, 0.5)
+            elif row != column:
+                ax.tick_params(labelleft=False)
+    figure.legend(
+        handles=handles,
+        # The triangle's free corner; a single panel has none.
+        loc="upper left" if k == 1 else "upper right",
+        bbox_to_anchor=(left / width, 1.0) if k == 1 else (1 - right / width, 1 - top / height),
+        ncols=len(handles) if k == 1 else 1,
+        fontsize=8,
+        frameon=False,
+    )
+    if dim > k:
+        figure.suptitle(
+            f"The first {k} of {dim} columns", fontsize=10, color=INK, x=left / width, ha="left",
+            y=1 - 0.15 / height, va="top",
+        )  # fmt: skip
+    return figure
+
+
+def _histograms(ax: Axes, x: np.ndarray, y: np.ndarray | None, span: tuple[float, float]) -> None:
+    """As densities over all their rows, so that what lies outside the limits counts."""
     edges = np.linspace(*span, 1 + min(40, max(12, int(len(x) ** 0.5))))
     steps = [
         np.histogram(values, edges)[0] / max(1, len(values)) / (edges[1] - edges[0])
         for values in (x, y)
+        if values is not None
     ]
     ax.stairs(steps[0], edges, color=DATA, fill=True, alpha=0.25)
-    ax.stairs(steps[0], edges, color=DATA, lw=1.2)
-    ax.stairs(steps[1], edges, color=SAMPLES, lw=1.2)
+    for heights, colour in zip(steps, (DATA, SAMPLES), strict=False):
+        ax.stairs(heights, edges, color=colour, lw=1.2)
     ax.set_xlim(*span)
-    ax.set_ylim(0, 1.12 * max(steps[0].max(), steps[1].max(), 1e-300))
+    ax.set_ylim(0, 1.12 * max(*(heights.max() for heights in steps), 1e-300))
     ax.set_yticks([])
 
 
 def _pair(
     ax: Axes,
     x: np.ndarray,
-    y: np.ndarray,
+    y: np.ndarray | None,
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> None:
@@ -520,14 +704,21 @@ def _pair(
         h, x_edges, y_edges = _bins(x, x_range, y_range, _bin_count(len(x)))
         top = np.quantile(h[h > 0], 0.98) if (h > 0).any() else 1.0
         ax.pcolormesh(x_edges, y_edges, h.T, cmap=DATA_SHADES, vmin=0, vmax=top, rasterized=True)
-    if len(y) < FEW or not _contours(ax, y, x_range, y_range):
+    if y is None:
+        if len(x) >= FEW:
+            _contours(ax, x, x_range, y_range, INK)
+    elif len(y) < FEW or not _contours(ax, y, x_range, y_range, SAMPLES):
         ax.scatter(y[:, 0], y[:, 1], s=3, color=SAMPLES, alpha=0.4, linewidths=0)
     ax.set_xlim(*x_range)
     ax.set_ylim(*y_range)
 
 
 def _contours(
-    ax: Axes, y: np.ndarray, x_range: tuple[float, float], y_range: tuple[float, float]
+    ax: Axes,
+    y: np.ndarray,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    colour: str,
 ) -> bool:
     """Draw the curves that hold `MASSES` of the samples; false where there are none to draw."""
     bins = 60
@@ -541,7 +732,8 @@ def _contours(
     if not levels:
         return False
     centres = [(edges[1:] + edges[:-1]) / 2 for edges in (x_edges, y_edges)]
-    ax.contour(*centres, h.T, levels=levels, colors=SAMPLES, linewidths=1.0)
+    width = 1.0 if colour == SAMPLES else 0.7
+    ax.contour(*centres, h.T, levels=levels, colors=colour, linewidths=width)
     return True
 
 
