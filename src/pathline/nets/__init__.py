@@ -1,6 +1,10 @@
 """Parametrised functions."""
 
 from .autodiff import AutodiffPotential as AutodiffPotential
+from .conjugate import conjugate as conjugate
+from .convex import ConvexDerivatives as ConvexDerivatives
+from .convex import ConvexPotential as ConvexPotential
+from .convex import Gates as Gates
 from .embedding import Embedding as Embedding
 from .potential import Derivatives as Derivatives
 from .potential import Potential as Potential
@@ -13,11 +17,15 @@ from .velocity import products as products
 
 __all__ = [
     "AutodiffPotential",
+    "ConvexDerivatives",
+    "ConvexPotential",
     "Derivatives",
     "Embedding",
     "FreeVelocity",
+    "Gates",
     "GradientVelocity",
     "Potential",
+    "conjugate",
     "hutch_plus_plus",
     "hutchinson",
     "products",
