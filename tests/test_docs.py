@@ -21,9 +21,12 @@ PACKAGES = (
     *("pathline.native", "pathline.export", "pathline.convert"),
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
-    *("pathline.report", "pathline.compat.torchdiffeq"),
+    *("pathline.report", "pathline.compat.torchdiffeq", "pathline.posterior"),
 )
-COMMANDS = ("fit density", "sample", "score", "check", "report", "reproduce", "export", "convert")
+COMMANDS = (
+    *("fit density", "fit posterior", "fit conditional", "sample", "score", "check", "report"),
+    *("reproduce", "export", "convert"),
+)
 # Flags of other programs that the pages name.
 FOREIGN = {
     *("--nproc-per-node", "--tables", "--figure", "--jax-python"),
@@ -146,7 +149,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-RUNNING = ("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family")
+RUNNING = (
+    *("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family", "posterior"),
+    "calibration",
+)
 PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
 EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)
 

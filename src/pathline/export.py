@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from . import __version__, native
 from .errors import ArgumentError, ModelError
-from .flows import CNF, Flow, OTFlow
+from .flows import CNF, ConditionalOTFlow, Flow, OTFlow
 from .nets import FreeVelocity, GradientVelocity, Potential
 from .nets.trace import InnerTraces
 from .train.files import write_atomically, write_json
@@ -76,8 +76,9 @@ def export_flow(
     before anything is written; memory grows with the batch, for there are no chunks in a graph.
 
     Args:
-        flow: an `OTFlow`, or a `CNF` with a fixed-step method; `flow.double()` for a graph in
-            double precision.
+        flow: an `OTFlow`, a `ConditionalOTFlow`, or a `CNF` with a fixed-step method;
+            `flow.double()` for a graph in double precision. Not a `PCPMap`, whose inverse takes
+            as many steps as its points need.
         folder: made where missing; files of an earlier export are replaced.
         to: "onnx" (run by onnxruntime and others; needs the extra `export`) or "torch-export"
             (.pt2 files for `torch.export.load`).
@@ -138,7 +139,7 @@ def _write(content: bytes, path: Path) -> None:
 def _check(flow: Flow, to: str, columns: Sequence[str] | None) -> None:
     if to not in FORMATS:
         raise ArgumentError(f"`to` must be one of {', '.join(FORMATS)}, got {to!r}")
-    if type(flow) not in (OTFlow, CNF):
+    if type(flow) not in (OTFlow, ConditionalOTFlow, CNF):
         raise ArgumentError(f"`flow` must be an OTFlow or a CNF, got {type(flow).__name__}")
     if isinstance(flow, CNF) and flow.adaptive:
         raise ArgumentError(

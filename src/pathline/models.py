@@ -6,12 +6,14 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError
-from .flows import CNF, ConditionalOTFlow, OTFlow
+from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
 from .train.files import read_model, save
 
 __all__ = ["load", "metadata", "save"]
 
-MODELS: dict[str, Any] = {kind.__name__: kind for kind in (CNF, ConditionalOTFlow, OTFlow)}
+MODELS: dict[str, Any] = {
+    kind.__name__: kind for kind in (CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap)
+}
 
 
 def load(folder: str | Path) -> Any:
@@ -23,21 +25,31 @@ def load(folder: str | Path) -> Any:
         ModelError: the folder holds no model, a damaged one, or one of a newer format.
     """
     description, state = read_model(folder)
+    try:
+        model = _build(description, folder)
+        model.load_state_dict(state, assign=True)
+    except ModelError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{folder} is damaged: weights and description differ ({reason})"
+        ) from None
+    return model
+
+
+def _build(description: dict[str, Any], folder: str | Path) -> nn.Module:
+    """The model of a description, without its weights; its parts, if any, are described alike."""
     make = MODELS.get(str(description["kind"]))
     if make is None:
         raise ModelError(
             f"{folder} holds a {description['kind']!r}, which this version of Pathline does not "
             f"know; it knows {', '.join(MODELS)}"
         )
-    try:
-        model: nn.Module = make(**description["config"])
-        model.load_state_dict(state, assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{folder} is damaged: weights and description differ ({reason})"
-        ) from None
-    return model
+    config = description["config"]
+    if make is JointMap:
+        config = {name: _build(part, folder) for name, part in config.items()}
+    return make(**config)
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def density_sections(
     samples = flow.sample(POINTS, seed=seed).double().cpu().numpy()
     sections = [_summary(flow, check, metrics)]
     if comparison:
-        sections.append(_comparison(comparison))
+        sections.append(comparison_section(comparison))
     sections.append(
         Section(
             "Data and samples",
@@ -228,10 +228,12 @@ def density_sections(
     )
     if flow.dim == 2:
         sections.append(plane(flow, rows, samples, columns))
-    sections += [_paths(flow, rows, columns), _training(history, metrics), _check_table(check)]
-    text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
-    sections.append(Section("Configuration", "All that decided this result.", code=text))
-    return sections
+    sections += [
+        _paths(flow, rows, columns),
+        training_section(history, metrics),
+        check_section(check),
+    ]
+    return [*sections, configuration_section(config)]
 
 
 def _some_rows(data: np.ndarray, seed: int) -> np.ndarray:
@@ -283,7 +285,8 @@ def _summary(flow: "Flow", check: Check, metrics: Mapping[str, Any]) -> Section:
     )
 
 
-def _comparison(comparison: Sequence[tuple[str, float]]) -> Section:
+def comparison_section(comparison: Sequence[tuple[str, float]]) -> Section:
+    """Held-out negative log-likelihoods in nats, (name, value) each, best first."""
     from . import plots
 
     ranked = sorted(comparison, key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
@@ -337,7 +340,8 @@ def _paths(flow: "Flow", rows: np.ndarray, columns: Sequence[str]) -> Section:
     )
 
 
-def _training(history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]) -> Section:
+def training_section(history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]) -> Section:
+    """The course of training, by log.jsonl and metrics.json."""
     from . import plots
 
     told = []
@@ -364,7 +368,14 @@ def _training(history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]
     )
 
 
-def _check_table(check: Check) -> Section:
+def configuration_section(config: Mapping[str, Any]) -> Section:
+    """The content of config.json."""
+    text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+    return Section("Configuration", "All that decided this result.", code=text)
+
+
+def check_section(check: Check) -> Section:
+    """What `flow.check` found."""
     grid = [] if check.mass_grid is None else [("Integral over a grid", check.mass_grid, "1")]
     return Section(
         "Check",

@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import DataWarning, PathlineError, TrainingError
 from .deploy import convert, export
 from .fit import density
+from .posterior import conditional, posterior
 from .reproduce import reproduce
 from .use import check, report, sample, score
 
@@ -25,6 +26,8 @@ app = App(
 )
 fit = App(name="fit", help="Fit a model to a file.")
 fit.command(density)
+fit.command(posterior)
+fit.command(conditional)
 app.command(fit)
 for command in (sample, score, check, report, reproduce, export, convert):
     app.command(command)

@@ -13,7 +13,7 @@ from ..flows import FAMILY
 from ..report import finish_density
 from ..train import fit, hold_out
 from ..train.trainer import is_leader
-from .options import Columns, Flag, Positive, RunOptions, Seconds, Weight, answer, say
+from .options import Columns, Flag, Positive, RunOptions, Seconds, Weight, answer, names, say
 
 CHECKED = 10_000  # held-out rows that the final figures use
 
@@ -104,15 +104,15 @@ def density(
         weighty = row_weights != 0
         table, row_weights = replace(table, values=table.values[weighty]), row_weights[weighty]
         if missing == "drop":
-            whole = ~np.isnan(table.drop(_names(drop, table.columns)).values).any(1)
+            whole = ~np.isnan(table.drop(names(drop, table.columns)).values).any(1)
             if not whole.all():
                 lost = len(whole) - whole.sum()
                 say(f"{lost} of {len(whole)} rows have missing values and were dropped")
             table, row_weights = replace(table, values=table.values[whole]), row_weights[whole]
     table, recipe = check_table(
         table,
-        dequantize=_names(dequantize, table.columns),
-        drop=_names(drop, table.columns),
+        dequantize=names(dequantize, table.columns),
+        drop=names(drop, table.columns),
         missing=missing,
         seed=run.seed,
     )
@@ -168,14 +168,6 @@ def density(
         run.out, held[:CHECKED], table.columns, title=f"Density of {file.name}"
     )
     answer(metrics, run.json, _summary(run.out, metrics))
-
-
-def _names(values: list[str] | None, columns: tuple[str, ...]) -> list[str]:
-    """Column names of a flag that may be repeated or hold a list with commas."""
-    names: list[str] = []
-    for value in values or []:
-        names += [value] if value in columns else [part.strip() for part in value.split(",")]
-    return names
 
 
 def _summary(folder: Path, metrics: dict[str, Any]) -> str:

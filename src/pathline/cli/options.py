@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ from cyclopts import Parameter, validators
 
 from .. import models
 from ..data import Recipe
+from ..data.pairs import PairRecipe
 from ..train.files import finite
 
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
@@ -63,7 +64,26 @@ def say(text: str) -> None:
 
 
 def open_model(folder: Path) -> tuple[Any, Recipe]:
-    """A saved model and how its table was prepared."""
+    """A saved model and how its table was prepared; of a conditional one, that of x alone."""
     model = models.load(folder)
+    if getattr(model, "context_dim", 0):
+        pairs = open_conditional(folder, model)
+        return model, replace(pairs.recipe, columns=pairs.names, original=pairs.parameters)
     kept = models.metadata(folder).get("recipe")
     return model, Recipe.from_dict(kept) if kept else Recipe.untouched(model.dim)
+
+
+def names(values: list[str] | None, columns: tuple[str, ...]) -> list[str]:
+    """Column names of a flag that may be repeated or hold a list with commas."""
+    found: list[str] = []
+    for value in values or []:
+        found += [value] if value in columns else [part.strip() for part in value.split(",")]
+    return found
+
+
+def open_conditional(folder: Path, model: Any) -> PairRecipe:
+    """How the pairs of a conditional model were prepared."""
+    kept = models.metadata(folder)
+    if not {"recipe", "parameters"} <= kept.keys():
+        return PairRecipe.untouched(model.dim, model.context_dim)
+    return PairRecipe.from_metadata(kept)

@@ -1,16 +1,25 @@
 """`pathline sample`, `score`, `check` and `report`: what a trained model is for."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 from cyclopts import Parameter
+from torch import Tensor
 
 from ..data import read_table, write_table
+from ..errors import ArgumentError, DataWarning
+from ..flows import TransportMap
+from ..posterior.outliers import find_outliers
+from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
-from .options import Flag, Positive, Seed, answer, open_model
+from ..train.files import read_json
+from .options import Flag, Positive, Seed, answer, open_conditional, open_model
+
+WARNED = 3  # observations
 
 
 def sample(
@@ -18,18 +27,24 @@ def sample(
     /,
     *,
     n: Annotated[Positive, Parameter(name=["-n", "--number"])] = 1000,
+    observe: Path | None = None,
     out: Path,
     seed: Seed = 0,
     json: Flag = False,
 ) -> None:
     """Draw samples with the columns and units of the training table.
 
+    Given observations, those of the posterior of each.
+
     Parameters
     ----------
     model
         A run folder, or the model inside it.
     n
-        Number of samples.
+        Number of samples; for each observation.
+    observe
+        Observations that a conditional model needs, one in each row: a table with the columns of
+        the data, in any order, or without names by position. Several get a column observation.
     out
         File to write: .csv, .csv.gz, .npy, .npz or .parquet.
     seed
@@ -38,29 +53,80 @@ def sample(
         Print one JSON object on standard output.
     """
     flow, recipe = open_model(model)
+    if flow.context_dim:
+        return _sample_posterior(model, n, observe, out, seed, json)
+    if observe is not None:
+        raise ArgumentError(f"--observe is for conditional models; {model} has no context")
     values = recipe.restore(flow.sample(n, seed=seed).double().numpy())
     write_table(out, values, recipe.columns)
     answer({"samples": n, "out": str(out), "seed": seed}, json, f"wrote {n} samples to {out}")
 
 
+def _sample_posterior(
+    model: Path, n: int, observe: Path | None, out: Path, seed: int, json: bool
+) -> None:
+    flow, recipe = open_model(model)
+    pairs = open_conditional(model, flow)
+    if observe is None:
+        raise ArgumentError(
+            f"{model} is a conditional model; give its {flow.context_dim} columns of data with "
+            "--observe FILE"
+        )
+    observed = pairs.observations(observe)
+    outside = find_outliers(model, observed, pairs.data_names)
+    for i, text in list(outside.items())[:WARNED]:
+        which = f", row {i + 1}" if len(observed) > 1 else ""
+        warnings.warn(f"{observe}{which}: {text}", DataWarning, stacklevel=2)
+    if len(outside) > WARNED:
+        rest = f"{len(outside) - WARNED} more observations lie outside the simulations"
+        warnings.warn(f"{observe}: {rest}", DataWarning, stacklevel=2)
+    count = len(observed)
+    # The first as if it were alone.
+    seeds = [seed, *np.random.SeedSequence(seed).generate_state(count - 1).tolist()]
+    context = torch.from_numpy(np.repeat(observed, n, axis=0))
+    with torch.no_grad():
+        z = torch.cat([flow.reference_sample(n, seed=own) for own in seeds])
+        values = recipe.restore(flow.from_reference(z, context).double().numpy())
+    columns = recipe.columns
+    if count > 1:
+        values = np.column_stack([np.repeat(np.arange(1, count + 1), n), values])
+        columns = (_free("observation", columns), *columns)
+    write_table(out, values, columns)
+    content = {
+        "samples": n,
+        "observations": count,
+        "outside": {str(i + 1): text for i, text in outside.items()},
+        "out": str(out),
+        "seed": seed,
+    }
+    each = f" for each of {count} observations" if count > 1 else ""
+    answer(content, json, f"wrote {n} samples{each} to {out}")
+
+
+def _free(name: str, taken: tuple[str, ...]) -> str:
+    return _free(f"{name}_", taken) if name in taken else name
+
+
 def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
     """Log-density of each row of a table, in nats and in the table's units.
+
+    For a conditional model, that of the parameters given the data in the same row.
 
     Parameters
     ----------
     model
         A run folder, or the model inside it.
     file
-        Table with the columns of the training table.
+        Table with the columns of the training table, or pairs as those it was trained on.
     out
         File to write, with one column log_prob; only the mean is shown without it.
     json
         Print one JSON object on standard output.
     """
-    flow, recipe = open_model(model)
-    table = recipe.apply(read_table(file))
+    flow, _ = open_model(model)
+    rows = _rows(model, flow, file)
     with torch.no_grad():
-        log_prob = flow.double().log_prob(torch.from_numpy(np.array(table.values))).numpy()
+        log_prob = flow.double().log_prob(*rows).numpy()
     if out is not None:
         write_table(out, log_prob[:, None], ("log_prob",))
     mean = float(log_prob.mean())
@@ -79,22 +145,51 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
 def check(model: Path, file: Path, /, *, seed: Seed = 0, json: Flag = False) -> int:
     """Can the model be trusted on the rows of a table? Exit code 1 where it can't.
 
+    A conditional model is also tested for calibration: ranks, expected coverage and TARP of up to
+    1000 pairs that were not used in training. Pictures and report in a run folder are renewed.
+
     Parameters
     ----------
     model
         A run folder, or the model inside it.
     file
-        Table with the columns of the training table.
+        Table with the columns of the training table, or pairs as those it was trained on.
     seed
-        Of the importance sample that integrates the density.
+        Of everything random.
     json
         Print one JSON object on standard output.
     """
-    flow, recipe = open_model(model)
-    table = recipe.apply(read_table(file))
-    found = flow.double().check(torch.from_numpy(np.array(table.values[:10_000])), seed=seed)
+    flow, _ = open_model(model)
+    rows = [part[:10_000] for part in _rows(model, flow, file)]
+    if flow.context_dim:
+        return _check_posterior(model, flow, file, rows, seed, json)
+    found = flow.double().check(*rows, seed=seed)
     answer(found.to_dict(), json, found.verdict)
     return 0 if found.passed else 1
+
+
+def _check_posterior(
+    model: Path, flow: TransportMap, file: Path, rows: list[Tensor], seed: int, json: bool
+) -> int:
+    theta, context = rows
+    names = open_conditional(model, flow).names
+    calibration = calibrate_flow(flow, theta, context, names, seed=seed)
+    found = flow.double().check(theta, context, seed=seed)
+    if (model / "metrics.json").exists() and (model / "report.html").exists():
+        record_check(model, file, found, calibration)
+    passed = found.passed and calibration.passed
+    verdict = f"{calibration.verdict}\n{found.verdict}"
+    content = {**found.to_dict(), "calibration": calibration.to_dict()}
+    answer(content | {"passed": passed, "verdict": verdict}, json, verdict)
+    return 0 if passed else 1
+
+
+def _rows(model: Path, flow: TransportMap, file: Path) -> tuple[Tensor, ...]:
+    """The rows of a file, or its parameters and data where the model is conditional."""
+    if flow.context_dim:
+        return tuple(map(torch.from_numpy, open_conditional(model, flow).pairs(file)))
+    table = open_model(model)[1].apply(read_table(file))
+    return (torch.from_numpy(np.array(table.values)),)
 
 
 def report(run: Path, /) -> None:
@@ -105,5 +200,6 @@ def report(run: Path, /) -> None:
     run
         A run folder.
     """
-    write_density_report(run)
+    kind = read_json(run / "metrics.json").get("report", {}).get("kind")
+    (write_posterior_report if kind == "posterior" else write_density_report)(run)
     print(f"wrote {run / 'report.html'}")

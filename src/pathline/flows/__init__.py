@@ -12,10 +12,13 @@ from .conditional import ConditionalOTFlow as ConditionalOTFlow
 from .distribution import FlowDistribution as FlowDistribution
 from .distribution import FlowTransform as FlowTransform
 from .flow import Flow as Flow
+from .joint import JointMap as JointMap
 from .map import TransportMap as TransportMap
 from .matching import FlowMatching as FlowMatching
 from .objective import FlowObjective as FlowObjective
 from .otflow import OTFlow as OTFlow
+from .pcp import PCPMap as PCPMap
+from .pcp import PCPObjective as PCPObjective
 from .standardize import Standardize as Standardize
 from .transport import Transport as Transport
 
@@ -32,8 +35,11 @@ __all__ = [
     "FlowMatching",
     "FlowObjective",
     "FlowTransform",
+    "JointMap",
     "MongeAmpere",
     "OTFlow",
+    "PCPMap",
+    "PCPObjective",
     "PotentialFlow",
     "Standardize",
     "Transport",

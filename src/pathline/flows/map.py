@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, ModelError, ShapeError
+from ..nets import Embedding
 from ..train import Objective, Rows
+from . import regions
 from .check import Check, check
 from .distribution import FlowDistribution
 from .standardize import Bounds, Standardize
@@ -49,6 +51,27 @@ class TransportMap(nn.Module):
         self.standardize = Standardize(dim, support, context_dim)
         self.embedding = None
         self.register_buffer("prepared", torch.tensor(False))
+
+    def _embed(self, embedding: int | nn.Module | None, generator: torch.Generator | None) -> int:
+        """Set the embedding; returns how many columns the map sees of a context."""
+        if embedding is None:
+            return self.context_dim
+        if not self.context_dim:
+            raise ArgumentError("`embedding` needs a context, and `context_dim` is 0")
+        if not isinstance(embedding, nn.Module):
+            embedding = Embedding(self.context_dim, embedding, generator=generator)
+        self.embedding = embedding
+        with torch.no_grad():
+            return embedding(torch.zeros(2, self.context_dim)).shape[1]
+
+    def _embedding_config(self) -> dict[str, int | None]:
+        """The argument `embedding`, for `config`."""
+        if not isinstance(self.embedding, Embedding | None):
+            raise ModelError(
+                "a flow with an `embedding` of your own can't be described in a file; save its "
+                "`state_dict()` and build it again"
+            )
+        return {"embedding": None if self.embedding is None else self.embedding.features}
 
     def carry(
         self, y: Tensor, features: Tensor | None, *, log_det: bool = True
@@ -194,6 +217,24 @@ class TransportMap(nn.Module):
             raise ArgumentError(f"`n` must be an integer >= 0, got {n!r}")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return self.cast(torch.randn(n, self.dim, generator=generator, dtype=torch.float64))
+
+    def rank(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """How far out the rows of `x` (batch, dim) lie, from 0 to 1, (batch,): uniform on data of
+        the density; the region of a level is where the rank is at most that. See `regions`."""
+        return regions.rank(self, self._input(x), context)
+
+    def contour(
+        self, level: float, context: Tensor | None = None, *, n: int = 200, seed: int = 0
+    ) -> Tensor:
+        """n points (n, dim) of rank `level`, the boundary of the region of that probability,
+        given one `context` (context_dim,): in order around it in two dimensions, the two ends in
+        turn in one, in random directions otherwise. See `regions`."""
+        return regions.contour(self, level, context, n=n, seed=seed)
+
+    def quantile(self, levels: Tensor | float, context: Tensor | None = None) -> Tensor:
+        """The values of one column (`dim` 1) below which its shares `levels` lie, (levels,) or ()
+        given one context or none, (batch, levels) or (batch,) given several."""
+        return regions.quantile(self, levels, context)
 
     @torch.no_grad()
     def inverse_error(self, x: Tensor, context: Tensor | None = None) -> float:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..control import Rollout, rollout
-from ..errors import ArgumentError, ModelError
-from ..nets import Embedding, Potential
+from ..errors import ArgumentError
+from ..nets import Potential
 from .flow import Flow
 from .objective import FlowObjective
 from .standardize import Bounds
@@ -114,31 +114,13 @@ class OTFlow(Flow):
         self.transport, self.hjb = float(transport), float(hjb)
         self.problem = Transport(dim)
 
-    def _embed(self, embedding: int | nn.Module | None, generator: torch.Generator | None) -> int:
-        """Set the embedding; returns how many columns the potential sees of a context."""
-        if embedding is None:
-            return self.context_dim
-        if not self.context_dim:
-            raise ArgumentError("`embedding` needs a context, and `context_dim` is 0")
-        if not isinstance(embedding, nn.Module):
-            embedding = Embedding(self.context_dim, embedding, generator=generator)
-        self.embedding = embedding
-        with torch.no_grad():
-            return embedding(torch.zeros(2, self.context_dim)).shape[1]
-
     def config(self) -> dict[str, Any]:
         """The arguments that build this flow again, JSON-safe.
 
         Raises:
             ModelError: the embedding is a module of the user's own.
         """
-        if not isinstance(self.embedding, Embedding | None):
-            raise ModelError(
-                "a flow with an `embedding` of your own can't be described in a file; save its "
-                "`state_dict()` and build it again"
-            )
-        return super().config() | {
-            "embedding": None if self.embedding is None else self.embedding.features,
+        own = {
             "width": self.potential.width,
             "depth": self.potential.depth,
             "rank": self.potential.A.shape[0],
@@ -147,6 +129,7 @@ class OTFlow(Flow):
             "trace": self.train_trace,
             "trace_dtype": None if self.trace_dtype is None else "bfloat16",
         }
+        return super().config() | self._embedding_config() | own
 
     def objective(self) -> FlowObjective:
         """What `fit` minimises: likelihood, transport cost and HJB residual."""

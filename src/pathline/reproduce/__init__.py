@@ -6,7 +6,17 @@ Adding one: a function `(RunArguments, size) -> Outcome` and its entry in `EXPER
 from functools import partial
 
 from ..data import BENCHMARKS
-from . import do_vs_od, gradients, mnist, published, tables, toys
+from . import (
+    conditional,
+    do_vs_od,
+    gradients,
+    inference,
+    mnist,
+    published,
+    sbi_benchmark,
+    tables,
+    toys,
+)
 from .experiment import Experiment as Experiment
 from .experiment import Outcome as Outcome
 from .experiment import RunArguments as RunArguments
@@ -51,4 +61,30 @@ EXPERIMENTS = {
         )
         for name in do_vs_od.SMALL
     },
+    **{
+        f"{method}-uci-{name}": Experiment(
+            f"the conditional density of the table {name} by {label}, beside Gaussians",
+            partial(conditional.run, method, name),
+        )
+        for method, label in conditional.LABELS.items()
+        for name in conditional.TABLES
+    },
+    **{
+        f"{method}-lotka-volterra": Experiment(
+            f"posteriors of a stochastic Lotka-Volterra process by {label}, beside SMC-ABC",
+            partial(inference.run_lotka_volterra, method),
+        )
+        for method, label in conditional.LABELS.items()
+    },
+    **{
+        f"{method}-shallow-water": Experiment(
+            f"the depths of a sea from the waves on its surface by {label}",
+            partial(inference.run_shallow_water, method),
+        )
+        for method, label in conditional.LABELS.items()
+    },
+    "sbi-benchmark": Experiment(
+        "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",
+        sbi_benchmark.run,
+    ),
 }

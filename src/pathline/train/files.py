@@ -20,8 +20,8 @@ from ..errors import ArgumentError, ModelError
 FORMAT = 1
 RUN_ENTRIES = (
     "config.json", "model", "checkpoint", "log.jsonl", "metrics.json", "report.html",
-    "held_out.npy", "samples.csv", "pictures.npz", "autoencoder", "export",
-    "tensorboard",
+    "held_out.npy", "samples.csv", "pictures.npz", "autoencoder", "export", "tensorboard",
+    "ranks.png", "coverage.png", "posterior.png",
 )  # fmt: skip
 
 

@@ -51,6 +51,9 @@ class Objective(nn.Module):
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         """Called once with the training rows before the first step."""
 
+    def constrain(self) -> None:
+        """Called after each optimiser step: moves weights back to where they must lie."""
+
     def adapt(self, batch: Tensor) -> str | None:
         """Called every few dozen steps with training rows; returns what it changed, in words.
 

@@ -251,6 +251,7 @@ class Trainer:
             self.fabric.backward(loss.total * share)
         for optimizer in self.wrapped:
             optimizer.step()
+        self.objective.constrain()
         return loss, share
 
     def _draw(self, size: int) -> Tensor:
