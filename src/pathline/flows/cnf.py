@@ -60,7 +60,7 @@ class CNF(Flow):
         PotentialFlow  potential  exact   a_R        rk4, discrete
         OTFlow         potential  exact   a_L, a_R   rk4, discrete
 
-    The last two are `OTFlow`s, which have the closed form and the compiled kernel. Densities are
+    The last two are an `OTFlow`, which has the closed form and the compiled kernel. Densities are
     exact in all of them, whatever the trace in training.
 
     Args:
