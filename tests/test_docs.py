@@ -169,7 +169,7 @@ def test_commands_of_the_readme_run(folder, capsys):
             continue
         assert main(words) == 0, words
         done.append(words[0])
-    assert done == ["fit", "sample", "score", "check"]
+    assert done == ["fit", "sample", "score", "check", "export"]
     written = {path.name for path in folder.iterdir()}
     assert {"run", "samples.csv", "logp.csv"} <= written
     table = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)

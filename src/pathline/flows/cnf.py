@@ -47,18 +47,20 @@ class Solve:
 class CNF(Flow):
     """A continuous normalizing flow dz/dt = v(t, z) from data to N(0, I).
 
-    Training minimises E[C + a_L int |v|^2/2 dt + a_R int |d_t Phi - |grad Phi|^2/2| dt
-    + a_K int |dv/dz|_F^2 dt] with C the negative log-likelihood. The rows of the family:
+    Training minimises, with C the negative log-likelihood::
 
-    | model | velocity | trace | a_L | a_R | a_K | method, gradient |
-    | --- | --- | --- | --- | --- | --- | --- |
-    | `FFJORD` | free | probe | | | | dopri5, adjoint |
-    | `RNODE` | free | probe | > 0 | | > 0 | rk4, discrete |
-    | `MongeAmpere` | static | exact | | | | rk4, discrete |
-    | `PotentialFlow` | potential | exact | | > 0 | | rk4, discrete |
-    | `OTFlow` | potential | exact | > 0 | > 0 | | rk4, discrete |
+        E[C + int a_L |v|^2/2 + a_R |d_t Phi - |grad Phi|^2/2| + a_K |dv/dz|_F^2 dt]
 
-    The last two are `OTFlow`s, which have the closed form and the compiled kernel. Densities are
+    The rows of the family::
+
+        model          velocity   trace   costs      method, gradient
+        FFJORD         free       probe              dopri5, adjoint
+        RNODE          free       probe   a_L, a_K   rk4, discrete
+        MongeAmpere    static     exact              rk4, discrete
+        PotentialFlow  potential  exact   a_R        rk4, discrete
+        OTFlow         potential  exact   a_L, a_R   rk4, discrete
+
+    The last two are an `OTFlow`, which has the closed form and the compiled kernel. Densities are
     exact in all of them, whatever the trace in training.
 
     Args:
