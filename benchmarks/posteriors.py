@@ -51,13 +51,12 @@ from pathline.reproduce.sbi_benchmark import NPE
 
 RESULTS = Path(__file__).parent / "results" / "posteriors"
 SIMULATIONS = (1_000, 10_000, 100_000)
-DRAWN = 10_000
 SPLITS = 5
 RATES = (1e-3, 3e-3, 1e-2)  # of zuko's flow
 LOOKS = 50  # at the validation rows
 BATCH = 128
 NAMES = LABELS | {"npe": "sbi NPE (nsf)", "nsf": "zuko NSF"}
-Sampler = Callable[[np.ndarray, int], np.ndarray]  # observation and seed -> samples
+Sampler = Callable[[np.ndarray, int, int], np.ndarray]  # observation, seed and number -> samples
 
 
 def train_ours(
@@ -73,8 +72,8 @@ def train_ours(
         run = pl.fit(flow, train, validation=validation, seed=seed, max_steps=most, progress=False)
         seconds = clock.seconds
 
-    def sample(observation: np.ndarray, seed: int) -> np.ndarray:
-        return flow.sample(DRAWN, torch.from_numpy(observation), seed=seed).double().numpy()
+    def sample(observation: np.ndarray, seed: int, n: int) -> np.ndarray:
+        return flow.sample(n, torch.from_numpy(observation), seed=seed).double().numpy()
 
     return sample, {"seconds": seconds, "steps": run.steps}
 
@@ -103,10 +102,10 @@ def train_npe(
     seconds = clock.seconds
     posterior = inference.build_posterior()
 
-    def sample(observation: np.ndarray, seed: int) -> np.ndarray:
+    def sample(observation: np.ndarray, seed: int, n: int) -> np.ndarray:
         torch.manual_seed(seed)
         at = torch.from_numpy(observation).float()
-        return posterior.sample((DRAWN,), x=at, show_progress_bars=False).double().numpy()
+        return posterior.sample((n,), x=at, show_progress_bars=False).double().numpy()
 
     return sample, {"seconds": seconds, "epochs": inference.summary["epochs_trained"][-1]}
 
@@ -130,13 +129,14 @@ def measure_task(
     for observation in range(1, arguments.observations + 1):
         reference = load_reference(task, observation)
         before = clock.seconds
-        samples = sample(reference.observation, observation)
+        samples = sample(reference.observation, observation, arguments.samples)
         drawing += clock.seconds - before
-        found.append(c2st(reference.samples, samples))
+        found.append(c2st(reference.samples[: arguments.samples], samples))
         print(task, method, count, observation, f"{found[-1]:.3f}", flush=True)
-    rate = DRAWN * len(found) / drawing
+    rate = arguments.samples * len(found) / drawing
     about |= {"task": task, "method": method, "simulations": count, "c2st": found}
-    finish(path, about | {"samples_per_second": rate, "seed": seed})
+    about |= {"samples": arguments.samples, "samples_per_second": rate, "seed": seed}
+    finish(path, about)
 
 
 def train_nsf(
@@ -299,6 +299,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--simulations", nargs="+", type=int, default=list(SIMULATIONS))
     parser.add_argument("--observations", type=int, default=OBSERVATIONS)
+    parser.add_argument("--samples", type=int, default=10_000, help="of each posterior")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds on each split")
     parser.add_argument("--max-steps", type=int, help="of cot and pcp, for a trial")
     parser.add_argument("--max-epochs", type=int, help="of npe, for a trial")

@@ -197,8 +197,8 @@ def _step(flow: Flow, function: _Function) -> tuple[nn.Module, list[Tensor]]:
         return n + 1, z, total.clone() if log_det is None else total + log_det
 
     z, *context = _example(flow, 7)
-    context = [flow.features(c) for c in context]
-    graph = _traced(step, (torch.tensor(0), z, z.sum(1), *context))
+    features: list[Any] = [flow.features(c) for c in context]
+    graph = _traced(step, (torch.tensor(0), z, z.sum(1), *features))
     # The body of a loop may hold no tensors of its own, so they become inputs.
     constants: dict[str, tuple[fx.Node, Tensor]] = {}
     *_, last = graph.graph.find_nodes(op="placeholder")

@@ -71,11 +71,14 @@ def check(
         f"(largest error {inverse_error:.1e} standard deviations)"
     )
     resolved = abs(nll_fine - nll) <= TIME_TOLERANCE
-    findings.append(
-        f"{'resolved' if resolved else 'NOT resolved'} in time "
-        f"(negative log-likelihood changes by {abs(nll_fine - nll):.1e} nats at "
-        f"{finer})"
-    )
+    if flow.steps:
+        findings.append(
+            f"{'resolved' if resolved else 'NOT resolved'} in time "
+            f"(negative log-likelihood changes by {abs(nll_fine - nll):.1e} nats at "
+            f"{finer})"
+        )
+    else:
+        findings.append("in closed form")
     conclusive = effective * samples >= 100
     normalised = abs(mass - 1) <= MASS_TOLERANCE + 3 * error or not conclusive
     if grid is not None:

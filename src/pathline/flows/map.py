@@ -30,7 +30,7 @@ class TransportMap(nn.Module):
     """
 
     prepared: Tensor
-    steps: int = 1  # in time; a map in closed form has one
+    steps: int = 0  # in time; a map in closed form has none
     embedding: nn.Module | None  # of standardised contexts, (batch, context_dim)
 
     def __init__(
@@ -291,8 +291,9 @@ class TransportMap(nn.Module):
 
     @contextmanager
     def refined(self, factor: int) -> Iterator[str]:
-        """Within, the map is computed `factor` times as finely; gives what changed, in words."""
-        yield "nothing finer: the map is in closed form"
+        """Within, the map is computed `factor` times as finely, where it has time steps; gives
+        what changed, in words."""
+        yield ""
 
     def cast(self, y: Tensor) -> Tensor:
         """`y` in the precision and on the device of the parameters."""

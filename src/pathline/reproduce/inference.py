@@ -115,8 +115,10 @@ def lv_references() -> list[LVReference]:
 
 def run_lotka_volterra(method: str, arguments: RunArguments, size: str) -> Outcome:
     """Learn the posterior of all observations from simulations, and compare it for two of them
-    with SMC-ABC. The data are the nine summaries of the paper, in `lv_features`. The measured figure is the largest distance of a posterior mean from the
-    reference's, in its standard deviations, over the rates that the data identify.
+    with SMC-ABC. The data are the nine summaries of the paper, as `lv_features` has them.
+
+    The measured figure is the largest distance of a posterior mean from the reference's, in its
+    standard deviations, over the rates that the data identify.
 
     Size small has 50,000 simulations and the default settings, full the authors' 500,000 and 100
     pilot runs.
