@@ -146,6 +146,9 @@ def folder(tmp_path, monkeypatch):
         rows = np.random.default_rng(len(name)).normal(size=(200, 3)) @ np.tri(3)
         lines = [",".join(map(repr, map(float, row))) for row in rows]
         (tmp_path / f"{name}.csv").write_text("\n".join(["a,b,c", *lines]) + "\n")
+    theta = np.random.default_rng(0).normal(size=(300, 2))
+    np.savez(tmp_path / "sims.npz", theta=theta, x=theta**2)
+    (tmp_path / "obs.csv").write_text("x0,x1\n0.5,1.0\n")
     return tmp_path
 
 
@@ -169,7 +172,7 @@ def test_commands_of_the_readme_run(folder, capsys):
             continue
         assert main(words) == 0, words
         done.append(words[0])
-    assert done == ["fit", "sample", "score", "check", "export"]
+    assert done == ["fit", "sample", "score", "check", "fit", "sample", "export"]
     written = {path.name for path in folder.iterdir()}
     assert {"run", "samples.csv", "logp.csv"} <= written
     table = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
