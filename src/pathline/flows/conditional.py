@@ -19,8 +19,8 @@ class ConditionalOTFlow(OTFlow):
     Args:
         dim: number of columns of x, such as the parameters of a simulator.
         context_dim: number of columns of the context, such as simulated data.
-        width, depth: of the potential; by default 64 and 3 for up to three columns, else 32 and
-            2, which learns less by heart of a few thousand rows.
+        width, depth: of the potential; by default 32, and 3 for up to three columns, else 2. With
+            many simulations of a sharp posterior wider ones are better.
         embedding: number of features that a `nets.Embedding` learns from the context; or a module
             of your own, (batch, context_dim) -> (batch, features), of standardised contexts.
         options: those of `OTFlow`.
@@ -42,7 +42,7 @@ class ConditionalOTFlow(OTFlow):
         self,
         dim: int,
         context_dim: int,
-        width: int | None = None,
+        width: int = 32,
         depth: int | None = None,
         *,
         embedding: int | nn.Module | None = None,
@@ -50,7 +50,5 @@ class ConditionalOTFlow(OTFlow):
     ) -> None:
         if not isinstance(context_dim, int) or context_dim < 1:
             raise ArgumentError(f"`context_dim` must be a positive integer, got {context_dim!r}")
-        few = dim <= 3
-        width = (64 if few else 32) if width is None else width
-        depth = (3 if few else 2) if depth is None else depth
+        depth = (3 if dim <= 3 else 2) if depth is None else depth
         super().__init__(dim, width, depth, context_dim=context_dim, embedding=embedding, **options)
