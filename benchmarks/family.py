@@ -157,9 +157,7 @@ def measure_flow(make: Callable[..., Flow], data: Data, seed: int, budget: float
     }
     figures["estimated_error"] = flow.choose_steps(data.validation[:ROWS], tolerance=1e-3)
     x = data.test[:ROWS]
-    y, _ = flow.standardize(x)
-    back, _ = flow.standardize(flow.from_reference(flow.to_reference(x)))
-    figures["inverse_error"] = (back - y).abs().max().item()
+    figures["inverse_error"] = flow.inverse_error(x)
     fine = copy.deepcopy(flow).double()
     figures |= cheapest(fine, x) | path_figures(fine, x)
     with fine.refined(2):

@@ -10,7 +10,7 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from ..data import read_table, write_table
+from ..data import Recipe, read_table, write_table
 from ..errors import ArgumentError, DataWarning
 from ..flows import TransportMap
 from ..posterior.outliers import find_outliers
@@ -54,7 +54,7 @@ def sample(
     """
     flow, recipe = open_model(model)
     if flow.context_dim:
-        return _sample_posterior(model, n, observe, out, seed, json)
+        return _sample_posterior(model, flow, recipe, n, observe, out, seed, json)
     if observe is not None:
         raise ArgumentError(f"--observe is for conditional models; {model} has no context")
     values = recipe.restore(flow.sample(n, seed=seed).double().numpy())
@@ -63,9 +63,15 @@ def sample(
 
 
 def _sample_posterior(
-    model: Path, n: int, observe: Path | None, out: Path, seed: int, json: bool
+    model: Path,
+    flow: TransportMap,
+    recipe: Recipe,
+    n: int,
+    observe: Path | None,
+    out: Path,
+    seed: int,
+    json: bool,
 ) -> None:
-    flow, recipe = open_model(model)
     pairs = open_conditional(model, flow)
     if observe is None:
         raise ArgumentError(
@@ -123,8 +129,8 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
     json
         Print one JSON object on standard output.
     """
-    flow, _ = open_model(model)
-    rows = _rows(model, flow, file)
+    flow, recipe = open_model(model)
+    rows = _rows(model, flow, recipe, file)
     with torch.no_grad():
         log_prob = flow.double().log_prob(*rows).numpy()
     if out is not None:
@@ -159,8 +165,8 @@ def check(model: Path, file: Path, /, *, seed: Seed = 0, json: Flag = False) -> 
     json
         Print one JSON object on standard output.
     """
-    flow, _ = open_model(model)
-    rows = [part[:10_000] for part in _rows(model, flow, file)]
+    flow, recipe = open_model(model)
+    rows = [part[:10_000] for part in _rows(model, flow, recipe, file)]
     if flow.context_dim:
         return _check_posterior(model, flow, file, rows, seed, json)
     found = flow.double().check(*rows, seed=seed)
@@ -184,11 +190,11 @@ def _check_posterior(
     return 0 if passed else 1
 
 
-def _rows(model: Path, flow: TransportMap, file: Path) -> tuple[Tensor, ...]:
+def _rows(model: Path, flow: TransportMap, recipe: Recipe, file: Path) -> tuple[Tensor, ...]:
     """The rows of a file, or its parameters and data where the model is conditional."""
     if flow.context_dim:
         return tuple(map(torch.from_numpy, open_conditional(model, flow).pairs(file)))
-    table = open_model(model)[1].apply(read_table(file))
+    table = recipe.apply(read_table(file))
     return (torch.from_numpy(np.array(table.values)),)
 
 

@@ -132,10 +132,7 @@ class TransportMap(nn.Module):
         Differentiable; evaluated in chunks, so memory does not grow with the batch.
         """
         x = self._input(x)
-        inside = (self.standardize.inside(x) | x.isnan()).all(1)
-        # Points off the support are replaced, lest their infinities spoil the gradients of others.
-        centre = self.standardize.inverse(torch.zeros(1, self.dim)).to(x)
-        safe = torch.where(inside[:, None], x, centre)
+        inside, safe = self.standardize.replaced(x)
         log_prob = self._chunked(self._log_prob, safe, context)[0]
         return torch.where(inside, log_prob, -math.inf)
 

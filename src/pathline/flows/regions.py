@@ -32,9 +32,8 @@ def rank(flow: "TransportMap", x: Tensor, context: Tensor | None) -> Tensor:
 
     One off the support, NaN where x is.
     """
-    inside = (flow.standardize.inside(x) | x.isnan()).all(1)
-    centre = flow.standardize.inverse(torch.zeros(1, flow.dim)).to(x)
-    z = flow.to_reference(torch.where(inside[:, None], x, centre), context)
+    inside, safe = flow.standardize.replaced(x)
+    z = flow.to_reference(safe, context)
     half = torch.full_like(z[:, 0], flow.dim / 2)
     return torch.where(inside, torch.special.gammainc(half, z.square().sum(1) / 2), 1.0)
 

@@ -127,6 +127,13 @@ class Standardize(nn.Module):
         """Whether each value lies strictly within its bounds, (batch, dim)."""
         return (x > self.lower) & (x < self.upper)
 
+    def replaced(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of `x` lie on the support or hold NaN, (batch,), and `x` with the others
+        replaced, lest their infinities spoil the gradients of these."""
+        inside = (self.inside(x) | x.isnan()).all(1)
+        centre = self.inverse(torch.zeros(1, len(self.mean))).to(x)
+        return inside, torch.where(inside[:, None], x, centre)
+
     def check_rows(self, rows: Rows) -> None:
         """Raise a `DataError` if a value lies on or outside its bounds."""
         if not self.bounded:

@@ -7,7 +7,7 @@ splits in place of one, training statistics for all tables, and no row in two pa
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +23,7 @@ from ..flows import TransportMap
 from ..flows.standardize import Bounds
 from ..posterior.pilots import METHODS, build, run_pilots
 from ..posterior_report import METHODS as NAMES
-from ..report import Section, configuration_section, write_report
+from ..report import Section
 from ..train import Run, files, fit
 from .experiment import Outcome, RunArguments
 from .race import RunFolder, columns
@@ -207,22 +207,10 @@ def _finish(
         ),
     ]
     outcome = Outcome(figures[label][0], None, PAPER, text, details)
-    return write_outcome(folder, outcome, f"{label} on {name}", sections)
+    return folder.write(outcome, f"{label} on {name}", sections)
 
 
 def open_folder(experiment: str, arguments: RunArguments, size: str, **settings: Any) -> RunFolder:
     """The folder of an experiment of several trainings, each in its part of `checkpoint/`."""
     limits = {"max_steps": arguments.max_steps, "budget": arguments.budget}
     return RunFolder.open(experiment, replace(arguments, budget=None), size, **limits, **settings)
-
-
-def write_outcome(
-    folder: RunFolder, outcome: Outcome, title: str, sections: Sequence[Section]
-) -> Outcome:
-    """Write the report and, last, the metrics."""
-    out = folder.arguments.out
-    last = configuration_section(folder.config)
-    write_report(out / "report.html", title, [*sections, last], subtitle=outcome.source)
-    entries = {key: value for key, value in asdict(outcome).items() if key != "details"}
-    files.write_json(out / "metrics.json", outcome.details | entries)
-    return outcome

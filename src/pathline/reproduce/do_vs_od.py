@@ -197,7 +197,6 @@ def _judge(flow: CNF, test: Tensor) -> tuple[CNF, dict[str, float]]:
     fine.method, fine.gradient, fine.steps = "rk4", "discrete", FINE_STEPS
     few = test[:FEW]
     _, errors = fine.log_prob(few, return_error=True)
-    back = fine.standardize(fine.from_reference(fine.to_reference(few)))[0]
     own = copy.deepcopy(flow).double()
     own.steps = flow.train_steps
     gap = (own.log_prob(few) - fine.log_prob(few)).mean().item()
@@ -205,7 +204,7 @@ def _judge(flow: CNF, test: Tensor) -> tuple[CNF, dict[str, float]]:
         "test_nll": -fine.log_prob(test).mean().item(),
         "grid_error": errors.mean().item(),
         "own_steps_gap": gap,
-        "inverse_error": (back - fine.standardize(few)[0]).abs().max().item(),
+        "inverse_error": fine.inverse_error(few),
     }
 
 

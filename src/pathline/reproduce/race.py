@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..errors import ArgumentError, TrainingError
-from ..report import Section, write_report
+from ..report import Section, configuration_section, write_report
 from ..train import files
 from ..train.progress import Reporter
 from ..train.recipe import cosine, set_rate
@@ -184,9 +184,13 @@ class RunFolder:
         out = self.arguments.out
         lines = "".join(json.dumps(entry) + "\n" for entry in log)
         files.write_atomically(out / "log.jsonl", lambda path: path.write_text(lines))
-        text = json.dumps(dict(self.config), indent=2)
-        last = Section("Configuration", "All that decided this result.", code=text)
-        write_report(out / "report.html", title, [*sections, last], subtitle=SOURCE)
+        return self.write(outcome, title, sections)
+
+    def write(self, outcome: Outcome, title: str, sections: Sequence[Section]) -> Outcome:
+        """Write report and metrics beside a log that is there."""
+        out = self.arguments.out
+        last = configuration_section(self.config)
+        write_report(out / "report.html", title, [*sections, last], subtitle=outcome.source)
         entries = {key: value for key, value in asdict(outcome).items() if key != "details"}
         files.write_json(out / "metrics.json", outcome.details | entries)
         return outcome

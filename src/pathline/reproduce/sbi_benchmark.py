@@ -16,7 +16,7 @@ from ..posterior import c2st
 from ..posterior.simulators import SIMULATORS
 from ..report import Section
 from ..train import files
-from .conditional import LABELS, open_folder, train_flow, write_outcome
+from .conditional import LABELS, open_folder, train_flow
 from .experiment import Outcome, RunArguments
 from .inference import bounds, samples_of, validated
 from .race import columns
@@ -93,7 +93,7 @@ def run(arguments: RunArguments, size: str) -> Outcome:
     text = f"{columns(table)}\n{told}\n{SOURCE}"
     sections = [Section("Two-sample tests", told, table=table), *pictures]
     outcome = Outcome(measured, published, SOURCE, text, details)
-    return write_outcome(folder, outcome, "The sbi benchmark", sections)
+    return folder.write(outcome, "The sbi benchmark", sections)
 
 
 def available() -> tuple[list[str], list[str]]:
