@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..train import Loss, Objective, Rows
 from .flow import Flow
+from .objective import step_generator
 
 PAIRS = ("independent", "optimal")
 BLOCK = 128  # rows; the time of an assignment grows with the third power
@@ -49,7 +48,8 @@ class FlowMatching(Objective):
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
         flow = self.model
         y, features, _ = flow.coordinates(*flow.split(batch))
-        draws = self._generator()
+        self.draws += 1
+        draws = step_generator(self.seed, self.draws)
         noise = flow.cast(torch.from_numpy(draws.standard_normal(y.shape)))
         # One time in each of as many intervals as rows: less variance than independent ones.
         times = (draws.permutation(len(y)) + draws.random(len(y))) / max(len(y), 1)
@@ -62,13 +62,6 @@ class FlowMatching(Objective):
         share = flow.cast(y.new_ones(len(y)) if weights is None else weights) / max(len(y), 1)
         total = error @ share
         return Loss(total, {"matching": total.detach()})
-
-    def _generator(self) -> np.random.Generator:
-        """Of the next step, another in each process."""
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if started else 0
-        self.draws += 1
-        return np.random.default_rng((self.seed, self.draws, rank))
 
     @torch.no_grad()
     def validate(self, batch: Tensor) -> Tensor:

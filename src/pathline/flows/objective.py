@@ -21,6 +21,13 @@ TOLERANCE = 0.01  # nats between the two grids
 DISTRUST = 0.1  # nats: the grid was left so fast that finer ones would not bring the model back
 
 
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """Of the randomness of a training step, another in each process."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if started else 0
+    return np.random.default_rng((seed, step, rank))
+
+
 class FlowObjective(Objective):
     """J = E[C + w L + rho R]: likelihood, transport cost and HJB residual, in standardised units.
 
@@ -67,9 +74,7 @@ class FlowObjective(Objective):
 
     def _signs(self, *shape: int) -> Tensor:
         """The random signs of the next step, others in each process."""
-        started = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if started else 0
-        draws = np.random.default_rng((self.probe_seed, self.probes, rank))
+        draws = step_generator(self.probe_seed, self.probes)
         self.probes += 1
         signs = 2 * draws.integers(0, 2, shape, dtype=np.int8) - 1
         return self.model.cast(torch.from_numpy(signs))
