@@ -129,17 +129,21 @@ def train_flow(
     arguments: RunArguments,
     *,
     pilots: int = 0,
+    options: Mapping[str, Any] | None = None,
+    steps: int | None = None,
     support: Sequence[Bounds] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> tuple[TransportMap, Run, dict[str, Any]]:
     """A flow of `posterior.pilots.METHODS` in the user's units, what its training did, and what
-    pilot runs chose.
+    pilot runs chose; without pilot runs it has the `options`. `steps` are those without limits.
 
     It trains in the run folder `out`, which is ready, and goes on from what is there.
     """
     seed, dim, context_dim = arguments.seed, pairs[0].shape[1], pairs[1].shape[1]
     limits: dict[str, Any] = {"max_steps": arguments.max_steps, "budget": arguments.budget}
-    best: dict[str, Any] = {"options": {}, "training": {}}
+    if arguments.max_steps is None and arguments.budget is None:
+        limits["max_steps"] = steps
+    best: dict[str, Any] = {"options": dict(options or {}), "training": {}}
     kept = out / "checkpoint" / "pilots.json"
     if pilots and kept.exists():
         best = files.read_json(kept)
