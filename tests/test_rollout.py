@@ -228,7 +228,7 @@ def test_horizon(x):
     torch.testing.assert_close(got.z, x - 2.5 * potential.b[:DIM])
 
 
-@pytest.mark.parametrize("name", ["dynamics", "running_cost", "terminal_cost", "feedback"])
+@pytest.mark.parametrize("name", ["dynamics", "running_cost", "terminal_cost"])
 def test_unfinished_problem_says_what_is_missing(name):
     arguments = [torch.zeros(2, 1)] if name == "terminal_cost" else [torch.zeros(2, 1)] * 3
     with pytest.raises(NotImplementedError, match=f"Problem must define `{name}"):

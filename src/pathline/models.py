@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .control import Policy, Problem
 from .errors import ModelError
 from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
 from .train.files import read_model, save
@@ -12,7 +13,7 @@ from .train.files import read_model, save
 __all__ = ["load", "metadata", "save"]
 
 MODELS: dict[str, Any] = {
-    kind.__name__: kind for kind in (CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap)
+    kind.__name__: kind for kind in (CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap, Policy)
 }
 
 
@@ -49,7 +50,20 @@ def _build(description: dict[str, Any], folder: str | Path) -> nn.Module:
     config = description["config"]
     if make is JointMap:
         config = {name: _build(part, folder) for name, part in config.items()}
+    if make is Policy:
+        config = config | {"problem": _named_problem(config["problem"], folder)}
     return make(**config)
+
+
+def _named_problem(made: dict[str, Any] | None, folder: str | Path) -> Problem:
+    from .control.problems import make
+
+    if made is None:
+        raise ModelError(
+            f"{folder} holds a policy for a problem of your own: read it by "
+            "`control.Policy.load(folder, problem)`"
+        )
+    return make(made["name"], **made["options"])
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:

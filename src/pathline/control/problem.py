@@ -1,31 +1,68 @@
 """Optimal control problems."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
 from .. import calculus
+from ..errors import ArgumentError
 from ..nets import Derivatives
+from .check import ProblemCheck, check_problem
+from .minimise import minimise_controls
+
+Limit = float | Sequence[float] | Tensor
 
 
 class Problem:
-    """Minimise E[ int_0^horizon L(t, z, u) dt + G(z(horizon)) ] subject to dz/dt = f(t, z, u).
+    """Minimise E[ int_0^horizon L(t, z, u) dt + G(z(horizon)) ] subject to
+    dz = f(t, z, u) dt + sigma dW.
 
-    A problem is a subclass with `dim` and the methods `dynamics` (f), `running_cost` (L),
-    `terminal_cost` (G) and `feedback`, each on a batch. The value function Phi of the problem
-    solves d_t Phi + H(t, z, grad Phi) = 0 with H(t, z, p) = min_u L(t, z, u) + p.f(t, z, u).
+    A problem is a subclass with `dim` and the methods `dynamics` (f), `running_cost` (L) and
+    `terminal_cost` (G), each on a batch, and where possible `feedback`. The value function Phi of
+    the problem solves d_t Phi + H(t, z, grad Phi) + tr(sigma sigma^T Hessian Phi) / 2 = 0 with
+    H(t, z, p) = min_u L(t, z, u) + p.f(t, z, u).
 
-    Shapes: `t` is (), `z` and `p` are (batch, dim), `u` is (batch, dim_u), costs are (batch,).
+    Shapes: `t` is (), `z` and `p` are (batch, dim), `u` is (batch, control_dim), costs are
+    (batch,). The methods must use operations of PyTorch, and treat each row alone.
+
+    Attributes:
+        dim: of the state.
+        control_dim: of the control; dim by default.
+        horizon: the last time.
+        start: the state (dim,) that trajectories start around, the origin by default.
+        spread: standard deviation of the starts, one number or (dim,).
+        control_bounds: lower and upper limits of the control, numbers or (control_dim,), infinite
+            where there is none; None if it is free. A `feedback` of your own must respect them.
+        noise: sigma, (dim, noise_dim); None if the dynamics are deterministic.
+        grading: of the time steps in training: 2 lets them shorten towards the end, where a steep
+            terminal cost asks for it; 1 for equal steps.
+        name: of the problem, in reports.
+        made: name and options with which `control.problems.make` builds the problem again; None
+            for one of your own, which a saved policy has to be given when it is loaded.
     """
 
+    name: str = "your problem"
     dim: int
     horizon: float = 1.0
+    start: Sequence[float] | Tensor | None = None
+    spread: float | Sequence[float] | Tensor = 1.0
+    control_bounds: tuple[Limit, Limit] | None = None
+    noise: Tensor | None = None
+    grading: float = 1.0
+    made: dict[str, Any] | None = None
     is_transport = False  # f = u, L = |u|^2 / 2 and G = |z|^2 / 2 + constant; not inherited
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         cls.is_transport = cls.__dict__.get("is_transport", False)
+
+    @property
+    def control_dim(self) -> int:
+        """Columns of u."""
+        return self.dim
 
     def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         """f(t, z, u), (batch, dim)."""
@@ -40,13 +77,70 @@ class Problem:
         raise NotImplementedError(f"{type(self).__name__} must define `terminal_cost(z)`")
 
     def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        """The control that minimises L(t, z, u) + p.f(t, z, u), (batch, dim_u)."""
-        raise NotImplementedError(f"{type(self).__name__} must define `feedback(t, z, p)`")
+        """The control that minimises L(t, z, u) + p.f(t, z, u), (batch, control_dim).
+
+        By a projected Newton method within `control_bounds`; override it where a formula is known,
+        which is many times faster.
+        """
+        return minimise_controls(self, t, z, p)
 
     def hamiltonian(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
         """H(t, z, p) = min_u L(t, z, u) + p.f(t, z, u), (batch,)."""
         u = self.feedback(t, z, p)
         return self.running_cost(t, z, u) + (p * self.dynamics(t, z, u)).sum(1)
+
+    def initial(self, count: int, generator: Generator) -> Tensor:
+        """Starts of trajectories, N(start, spread^2), (count, dim) in double precision."""
+        noise = torch.randn(count, self.dim, generator=generator, dtype=torch.float64)
+        return self.nominal() + noise * torch.as_tensor(self.spread, dtype=torch.float64)
+
+    def nominal(self) -> Tensor:
+        """`start` as (dim,) in double precision."""
+        if self.start is None:
+            return torch.zeros(self.dim, dtype=torch.float64)
+        start = torch.as_tensor(self.start, dtype=torch.float64)
+        if start.shape != (self.dim,):
+            raise ArgumentError(f"`start` must be ({self.dim},), got {tuple(start.shape)}")
+        return start
+
+    def reference(self, t: Tensor) -> Tensor | None:
+        """The state (dim,) that trajectories should be near at time `t`, in double precision, if
+        there is one beforehand; None if they should approach a minimum of the terminal cost."""
+        return None
+
+    def evaluation(self) -> "Problem":
+        """The problem whose costs judge a policy, where it is trained with safety margins."""
+        return self
+
+    def clearance(self, z: Tensor) -> Tensor:
+        """How far states are from forbidden ones, negative where they are forbidden, (batch,);
+        infinite if all are allowed."""
+        return z.new_full((len(z),), math.inf)
+
+    def limits(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`control_bounds` as two tensors (control_dim,) in the dtype and on the device of `like`;
+        None if the control is free."""
+        if self.control_bounds is None:
+            return None
+        lower, upper = (
+            torch.as_tensor(limit).to(like).expand(self.control_dim)
+            for limit in self.control_bounds
+        )
+        if not bool((lower < upper).all()):
+            raise ArgumentError(
+                f"`control_bounds` must be (lower, upper) with lower < upper, got "
+                f"{self.control_bounds}"
+            )
+        return lower, upper
+
+    def check(self, *, seed: int = 0) -> ProblemCheck:
+        """Test the formulas of this problem at random starts: shapes, rows that stand alone,
+        derivatives against differences, and whether the feedback minimises L + p.f.
+
+        Returns:
+            A `ProblemCheck`, which says in words what is wrong.
+        """
+        return check_problem(self, seed)
 
     def divergence(
         self, t: Tensor, z: Tensor, phi: Derivatives, velocity: Callable[[Tensor], Tensor]

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..integrate import march
+from ..errors import ArgumentError, ShapeError
+from ..integrate import graded, march
 from ..native import Adjoint
-from ..nets import AutodiffPotential, Potential
+from ..nets import AutodiffPotential, Derivatives, Potential
 from .problem import Problem
+from .value import ValueFunction
+
+Value = Potential | ValueFunction | AutodiffPotential
 
 # Wider networks are for the matrix products of PyTorch, by benchmarks/flow_step.py.
 KERNEL_WIDTH = {"avx512": 512, "avx2": 64, "baseline": 64}
@@ -24,26 +28,31 @@ class Rollout:
     z: Tensor  # (batch, dim)
     running_cost: Tensor | None = None  # int L dt, (batch,)
     log_det: Tensor | None = None  # log |det dz(stop)/dz(start)|, (batch,)
-    hjb: Tensor | None = None  # int |d_t Phi + H(t, z, grad Phi)| dt, (batch,)
+    hjb: Tensor | None = None  # int |d_t Phi + H + tr(sigma sigma^T Hessian Phi) / 2| dt, (batch,)
+    bsde: Tensor | None = None  # of dPhi + L dt - grad Phi . sigma dW along the path, (batch,)
     trajectory: Tensor | None = None  # (steps + 1, batch, dim)
 
 
 def rollout(
     problem: Problem,
-    potential: Potential | AutodiffPotential,
+    potential: Value,
     x: Tensor,
     *,
     steps: int,
     context: Tensor | None = None,
     start: float = 0.0,
     stop: float | None = None,
+    grading: float = 1.0,
     integrals: bool = True,
+    density: bool = True,
     trajectory: bool = False,
+    increments: Tensor | None = None,
     adjoint: Adjoint | None = None,
     probe: Tensor | None = None,
     trace_dtype: torch.dtype | None = None,
 ) -> Rollout:
-    """Move `x` along dz/dt = f(t, z, u), u = feedback(t, z, grad Phi), by classical RK4.
+    """Move `x` along dz/dt = f(t, z, u), u = feedback(t, z, grad Phi), by classical RK4; with
+    `increments` along dz = f dt + sigma dW, by the Euler-Maruyama method.
 
     Costs, log-determinant and HJB residual are integrated along the way; they are what makes a
     step expensive, so samplers switch them off. On a CPU a compiled kernel does the work where it
@@ -53,11 +62,15 @@ def rollout(
         problem: its dynamics, costs and feedback.
         potential: Phi.
         x: states at time `start`, (batch, dim).
-        steps: number of equal time steps.
+        steps: number of time steps.
         context: passed on to the potential.
         start, stop: times; `stop` defaults to the problem's horizon and may lie before `start`.
+        grading: 1 for equal time steps; larger where they should shorten towards the end.
         integrals: integrate running cost, log-determinant and HJB residual.
+        density: integrate the log-determinant, too.
         trajectory: keep the states at all steps.
+        increments: of the Brownian motion of a problem with noise, (steps, batch, noise_dim). A
+            log-determinant is not to be had then; the BSDE residual is.
         adjoint: the gradient that the loss will have with respect to the results, where it is
             known up to a factor. The backward pass is cheaper then, raises an `ArgumentError` if
             the gradient is another one, and can't be differentiated.
@@ -71,10 +84,28 @@ def rollout(
             `adjoint`.
     """
     stop = problem.horizon if stop is None else stop
+    if increments is not None:
+        return diffuse(
+            problem, potential, x, increments, graded(steps, start, stop, grading),
+            integrals=integrals, trajectory=trajectory,
+        )  # fmt: skip
     plain = partial(
-        _march, problem, steps=steps, start=start, stop=stop, integrals=integrals, probe=probe
+        _march,
+        problem,
+        steps=steps,
+        start=start,
+        stop=stop,
+        grading=grading,
+        integrals=integrals,
+        density=density,
+        probe=probe,
     )
-    if not trajectory and kernel_serves(potential, problem, x, context, trace_dtype):
+    if (
+        density
+        and grading == 1
+        and not trajectory
+        and kernel_serves(potential, problem, x, context, trace_dtype)
+    ):
         path = native.Path(potential, steps, start, stop, integrals, probe, adjoint)
         results = native.rollout(path, x, context, plain)
         return Rollout(*results)
@@ -90,7 +121,7 @@ def rollout(
 
 
 def kernel_serves(
-    potential: Potential | AutodiffPotential,
+    potential: Value,
     problem: Problem,
     x: Tensor,
     context: Tensor | None = None,
@@ -107,39 +138,42 @@ def kernel_serves(
 
 def _march(
     problem: Problem,
-    potential: Potential | AutodiffPotential,
+    potential: Value,
     x: Tensor,
     context: Tensor | None,
     *,
     steps: int,
     start: float,
     stop: float,
+    grading: float,
     integrals: bool,
+    density: bool,
     probe: Tensor | None,
     trajectory: bool = False,
     log_det_adjoint: Tensor | None = None,
     trace_dtype: torch.dtype | None = None,
 ) -> Rollout:
-    derivatives = potential.bind(probe, trace_dtype)
+    noise = None if problem.noise is None else problem.noise.to(x)
+    derivatives = potential.bind(probe, trace_dtype, noise)
+    trace = density or noise is not None
 
     def field(t: Tensor, z: Tensor, weight: float | None) -> tuple[Tensor, dict[str, Tensor]]:
         node = weight is not None
         known = None if weight is None or log_det_adjoint is None else weight * log_det_adjoint
         phi = derivatives(
-            z, t, context, value=False, dt=node, laplacian=node, laplacian_adjoint=known
+            z, t, context, value=False, dt=node, laplacian=trace and node, laplacian_adjoint=known
         )
         assert phi.grad is not None
         u = problem.feedback(t, z, phi.grad)
         dz = problem.dynamics(t, z, u)
         if not node:
             return dz, {}
-        assert phi.dt is not None
         running_cost = problem.running_cost(t, z, u)
-        return dz, {
-            "running_cost": running_cost,
-            "log_det": problem.divergence(t, z, phi, lambda y: field(t, y, None)[0]),
-            "hjb": (phi.dt + running_cost + (phi.grad * dz).sum(1)).abs(),
-        }
+        residual = hjb_residual(phi, running_cost, dz, noisy=noise is not None)
+        rates = {"running_cost": running_cost, "hjb": residual.abs()}
+        if density:
+            rates["log_det"] = problem.divergence(t, z, phi, lambda y: field(t, y, None)[0])
+        return dz, rates
 
     path = march(
         field,
@@ -147,8 +181,71 @@ def _march(
         steps=steps,
         start=start,
         stop=stop,
+        grading=grading,
         quadrature=integrals,
         trajectory=trajectory,
     )
-    got = path.integrals
-    return Rollout(path.z, got.get("running_cost"), got.get("log_det"), got.get("hjb"), path.zs)
+    return Rollout(path.z, **path.integrals, trajectory=path.zs)
+
+
+def hjb_residual(phi: Derivatives, running_cost: Tensor, dz: Tensor, *, noisy: bool) -> Tensor:
+    """d_t Phi + L + grad Phi . f of each row, (batch,); with noise plus half the Laplacian of
+    `phi`, which is tr(sigma sigma^T Hessian Phi) then."""
+    assert phi.dt is not None and phi.grad is not None
+    residual = phi.dt + running_cost + (phi.grad * dz).sum(1)
+    if not noisy:
+        return residual
+    assert phi.laplacian is not None
+    return residual + 0.5 * phi.laplacian
+
+
+def diffuse(
+    problem: Problem,
+    potential: Value,
+    x: Tensor,
+    increments: Tensor,
+    times: Tensor,
+    *,
+    integrals: bool,
+    trajectory: bool,
+) -> Rollout:
+    """`rollout` with noise. Sums take the left end of each step, as Ito's integral does.
+
+    Source: Li, Verma, Ruthotto, Neural network approach for stochastic optimal control, SIAM J.
+    Sci. Comput. 2024 (arXiv 2209.13104), section 4.
+    """
+    if problem.noise is None:
+        raise ArgumentError(f"{type(problem).__name__} has no `noise` for the increments")
+    noise = problem.noise.to(x)
+    want = (len(times) - 1, len(x), noise.shape[1])
+    if tuple(increments.shape) != want:
+        raise ShapeError(f"`increments` must be {want}, got {tuple(increments.shape)}")
+    steps, nodes, lengths = want[0], times.to(x), times.diff().tolist()
+    derivatives = potential.bind(noise=noise)
+    z, zs = x, [x]
+    sums = {name: x.new_zeros(len(x)) for name in ("running_cost", "hjb", "bsde")}
+    last: Tensor | None = None  # Phi - (Phi + dPhi - L dt) as predicted by the step before
+    for n in range(steps + 1):
+        t = nodes[n]
+        phi = derivatives(
+            z, t, value=integrals, dt=integrals and n < steps, laplacian=integrals and n < steps
+        )
+        assert phi.grad is not None
+        if last is not None and phi.value is not None:
+            sums["bsde"] = sums["bsde"] + (phi.value - last).square()
+        if n == steps:
+            break
+        u, h = problem.feedback(t, z, phi.grad), lengths[n]
+        dz, kick = problem.dynamics(t, z, u), increments[n].to(x) @ noise.mT
+        if integrals:
+            running_cost = problem.running_cost(t, z, u)
+            sums["running_cost"] = sums["running_cost"] + h * running_cost
+            residual = hjb_residual(phi, running_cost, dz, noisy=True)
+            sums["hjb"] = sums["hjb"] + abs(h) * residual.abs()
+            assert phi.value is not None
+            last = phi.value - h * running_cost + (phi.grad * kick).sum(1)
+        z = z + h * dz + kick
+        if trajectory:
+            zs.append(z)
+    path = torch.stack(zs) if trajectory else None
+    return Rollout(z, **(sums if integrals else {}), trajectory=path)

@@ -7,9 +7,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..train import Loss, Objective, Rows
+from ..train import Loss, Objective, Rows, step_generator
 from .flow import Flow
-from .objective import step_generator
 
 PAIRS = ("independent", "optimal")
 BLOCK = 128  # rows; the time of an assignment grows with the third power

@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor
 
 from .. import native
-from ..control import Adjoint, rollout
-from ..control.rollout import kernel_serves
-from ..train import Distrust, Loss, Objective, Rows
+from ..control import Adjoint
+from ..control.rollout import kernel_serves, rollout
+from ..train import Distrust, Loss, Objective, Rows, step_generator
 
 if TYPE_CHECKING:
     from .cnf import CNF
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
 MAX_STEPS = 16
 TOLERANCE = 0.01  # nats between the two grids
 DISTRUST = 0.1  # nats: the grid was left so fast that finer ones would not bring the model back
-
-
-def step_generator(seed: int, step: int) -> np.random.Generator:
-    """Of the randomness of a training step, another in each process."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if started else 0
-    return np.random.default_rng((seed, step, rank))
 
 
 class FlowObjective(Objective):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..control import Rollout, rollout
+from ..control.rollout import Rollout, rollout
 from ..errors import ArgumentError
 from ..nets import Potential
 from .flow import Flow

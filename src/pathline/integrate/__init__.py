@@ -3,6 +3,7 @@
 from .checkpoint import Plan as Plan
 from .imex import Split as Split
 from .march import March as March
+from .march import graded as graded
 from .march import march as march
 from .methods import METHODS as METHODS
 from .odeint import odeint as odeint
@@ -34,6 +35,7 @@ __all__ = [
     "Statistics",
     "Status",
     "Tableau",
+    "graded",
     "march",
     "odeint",
     "odeint_adjoint",

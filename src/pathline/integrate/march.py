@@ -33,11 +33,12 @@ def march(
     steps: int,
     start: float = 0.0,
     stop: float = 1.0,
+    grading: float = 1.0,
     method: Tableau = RK4,
     quadrature: bool = False,
     trajectory: bool = False,
 ) -> March:
-    """Move `z0` from time `start` to `stop` in equal steps, and integrate rates along the way.
+    """Move `z0` from time `start` to `stop`, and integrate rates along the way.
 
     This is `odeint` for velocities whose integrands share their work with dz/dt; z does not
     depend on the integrals, so `Quadrature` needs few evaluations of the rates.
@@ -49,6 +50,7 @@ def march(
         z0: (batch, dim).
         steps: number of steps, at least one.
         start, stop: times; `stop` may lie before `start`.
+        grading: of the steps; see `graded`.
         method: the Runge-Kutta method that moves z.
         quadrature: integrate the rates.
         trajectory: keep every z_n.
@@ -58,8 +60,7 @@ def march(
     """
     if steps < 1:
         raise ArgumentError(f"`steps` must be at least 1, got {steps}")
-    shares = torch.arange(steps + 1, dtype=torch.float64) / steps
-    nodes = start + (stop - start) * shares
+    nodes = graded(steps, start, stop, grading)
     names: list[str] = []
 
     def at(t: Tensor, z: Tensor, _: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -83,3 +84,13 @@ def march(
             zs.append(state.z)
     integrals = dict(zip(names, state.sums, strict=True))
     return March(state.z, integrals, torch.stack(zs) if trajectory else None)
+
+
+def graded(steps: int, start: float, stop: float, grading: float = 1.0) -> Tensor:
+    """Times from `start` to `stop`, (steps + 1,), in double precision.
+
+    Step n ends at the share 1 - (1 - n / steps)^grading of the way: all are equal with 1, and with
+    a larger number they shorten towards the end.
+    """
+    shares = torch.arange(steps + 1, dtype=torch.float64) / steps
+    return start + (stop - start) * (shares if grading == 1 else 1 - (1 - shares) ** grading)

@@ -32,10 +32,13 @@ class AutodiffPotential(nn.Module):
         return value
 
     def bind(
-        self, probe: Tensor | None = None, trace_dtype: torch.dtype | None = None
+        self,
+        probe: Tensor | None = None,
+        trace_dtype: torch.dtype | None = None,
+        noise: Tensor | None = None,
     ) -> Callable[..., Derivatives]:
-        """`derivatives` with this probe, in the network's own precision."""
-        return partial(self.derivatives, probe=probe)
+        """`derivatives` with this probe and noise, in the network's own precision."""
+        return partial(self.derivatives, probe=probe, noise=noise)
 
     def derivatives(
         self,
@@ -49,11 +52,13 @@ class AutodiffPotential(nn.Module):
         laplacian: bool = True,
         laplacian_adjoint: Tensor | None = None,
         probe: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Derivatives:
         """As `Potential.derivatives`, by automatic differentiation.
 
-        With a probe e the Laplacian is e.(H e), H the Hessian; `laplacian_adjoint` saves nothing
-        here and is not used.
+        With a probe e the Laplacian is e.(H e), H the Hessian; with noise sigma, (dim, columns),
+        it is tr(sigma sigma^T H), and a probe is (batch, columns). `laplacian_adjoint` saves
+        nothing here and is not used.
         """
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -66,9 +71,15 @@ class AutodiffPotential(nn.Module):
                 return gradient(self(y, times, context), y)
 
             def trace() -> Tensor:
-                if probe is None:
+                if probe is not None:
+                    e = probe if noise is None else probe @ noise.mT
+                    return (gradient((slope(x) * e).sum(1), x) * e).sum(1)
+                if noise is None:
                     return divergence(slope, x)
-                return (gradient((slope(x) * probe).sum(1), x) * probe).sum(1)
+                products = [
+                    (gradient((slope(x) * column).sum(1), x) * column).sum(1) for column in noise.mT
+                ]
+                return torch.stack(products).sum(0)
 
             result = Derivatives(
                 value=phi if value else None,

@@ -132,7 +132,10 @@ class Potential(nn.Module):
         return evaluate(x, t, context, **wanted, laplacian_adjoint=laplacian_adjoint)
 
     def bind(
-        self, probe: Tensor | None = None, trace_dtype: torch.dtype | None = None
+        self,
+        probe: Tensor | None = None,
+        trace_dtype: torch.dtype | None = None,
+        noise: Tensor | None = None,
     ) -> Callable[..., Derivatives]:
         """`derivatives` for many evaluations with the same parameters and the same `probe`.
 
@@ -143,14 +146,20 @@ class Potential(nn.Module):
             probe: as in `derivatives`.
             trace_dtype: precision of the products of the inner layers' traces, such as
                 torch.bfloat16; sums are kept in the potential's.
+            noise: sigma, (dim, columns). The Laplacian is then tr(sigma sigma^T Hessian), and a
+                probe is (batch, columns).
         """
-        first = self._linears()[0].weight[:, : self.dim]
+        first, A = self._linears()[0].weight[:, : self.dim], self.A[:, : self.dim]
+        if noise is not None:
+            first, A = first @ noise, A @ noise
         traces = InnerTraces(self.inner_weights(), first, self.h, probe, trace_dtype)
-        return partial(self._derivatives, traces)
+        return partial(self._derivatives, traces, first, A)
 
     def _derivatives(
         self,
         traces: InnerTraces,
+        columns: Tensor,
+        A_columns: Tensor,
         x: Tensor,
         t: Tensor,
         context: Tensor | None = None,
@@ -163,7 +172,7 @@ class Potential(nn.Module):
     ) -> Derivatives:
         s = self._stack(x, t, context)
         for name, given, want in (
-            ("probe", traces.probe, x.shape),
+            ("probe", traces.probe, (len(x), columns.shape[1])),
             ("laplacian_adjoint", laplacian_adjoint, x.shape[:1]),
         ):
             if given is not None and given.shape != want:
@@ -198,8 +207,8 @@ class Potential(nn.Module):
             slopes.append(torch.addcmul(z, tanhs[0], g, value=-1))
             outer, *rest = slopes[::-1]
             result["laplacian"] = (
-                outer @ first.weight[:, : self.dim].square().sum(1)
-                + self.A[:, : self.dim].square().sum()
+                outer @ columns.square().sum(1)
+                + A_columns.square().sum()
                 + traces(tanhs, rest, laplacian_adjoint)
             )
         wanted = {"value": value, "grad": grad, "dt": dt, "laplacian": laplacian}

@@ -121,8 +121,8 @@ def run_lotka_volterra(method: str, arguments: RunArguments, size: str) -> Outco
     The measured figure is the largest distance of a posterior mean from the reference's, in its
     standard deviations, over the rates that the data identify.
 
-    Size small has 50,000 simulations and a wider network than the default, full the authors' 500,000 and 100
-    pilot runs.
+    Size small has 50,000 simulations and a wider network than the default, full the authors'
+    500,000 and 100 pilot runs.
     """
     from ..plots import pairs
 

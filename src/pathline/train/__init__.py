@@ -5,7 +5,8 @@ from .fit import hold_out as hold_out
 from .objective import Distrust as Distrust
 from .objective import Loss as Loss
 from .objective import Objective as Objective
+from .objective import step_generator as step_generator
 from .rows import Rows as Rows
 from .trainer import Run as Run
 
-__all__ = ["Distrust", "Loss", "Objective", "Rows", "Run", "fit", "hold_out"]
+__all__ = ["Distrust", "Loss", "Objective", "Rows", "Run", "fit", "hold_out", "step_generator"]

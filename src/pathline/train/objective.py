@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from .rows import Rows
@@ -17,6 +19,13 @@ class Loss(NamedTuple):
 
 class Distrust(Exception):
     """Raised by `Objective.adapt` where the model has left what the objective can judge."""
+
+
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """Of the randomness of a training step, another in each process."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if started else 0
+    return np.random.default_rng((seed, step, rank))
 
 
 class Objective(nn.Module):

@@ -1,0 +1,116 @@
+"""Named control problems.
+
+Adding one: its class, and its entry in `PROBLEMS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import ArgumentError, unknown
+from ..objective import Weights
+from ..problem import Problem
+from .agents import Agents as Agents
+from .agents import Corridor as Corridor
+from .agents import Swap2 as Swap2
+from .agents import Swap12 as Swap12
+from .agents import Swarm50 as Swarm50
+from .analytic import LinearQuadratic as LinearQuadratic
+from .analytic import LogBenchmark as LogBenchmark
+from .hill import Hill as Hill
+from .quadcopter import Quadcopter as Quadcopter
+
+__all__ = [
+    "PROBLEMS",
+    "Agents",
+    "Corridor",
+    "Hill",
+    "LinearQuadratic",
+    "LogBenchmark",
+    "Named",
+    "Quadcopter",
+    "Swap2",
+    "Swap12",
+    "Swarm50",
+    "make",
+]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A problem that commands know by its name.
+
+    `make(**options)` builds it; `settings` are arguments of `control.solve` that suit it, and
+    `steps` of training that fit two CPU cores in minutes.
+    """
+
+    make: Callable[..., Problem]
+    summary: str
+    options: frozenset[str] = frozenset()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+STOCHASTIC = Weights(hjb=1.0, terminal=1.0)
+PROBLEMS: dict[str, Named] = {
+    "lqr": Named(
+        LinearQuadratic,
+        "linear dynamics, quadratic costs, with noise if asked for; solved by Riccati's equation",
+        frozenset({"dim", "noise"}),
+        {"max_steps": 300},
+    ),
+    "corridor": Named(
+        Corridor, "two agents pass between hills and avoid each other", settings={"max_steps": 1500}
+    ),
+    "swap2": Named(Swap2, "two agents change places through a gap", settings={"max_steps": 1500}),
+    "swap12": Named(
+        Swap12, "six pairs of agents change places, 24 dimensions", settings={"max_steps": 1500}
+    ),
+    "swarm50": Named(
+        Swarm50, "fifty agents fly past two blocks, 150 dimensions", settings={"max_steps": 3000}
+    ),
+    "quadcopter": Named(
+        Quadcopter,
+        "a quadcopter flies to a point and stops, 12 dimensions, with noise if asked for",
+        frozenset({"noise"}),
+        {"width": 64, "steps": 26, "max_steps": 500, "batch_size": 128},
+    ),
+    "hill": Named(
+        Hill,
+        "a noisy particle passes a hill",
+        settings={
+            "base": "none",
+            "weights": STOCHASTIC,
+            "learning_rate": 0.03,
+            "max_steps": 2000,
+        },
+    ),
+    "benchmark": Named(
+        LogBenchmark,
+        "the 100-dimensional benchmark of stochastic control, solved by the Cole-Hopf transform",
+        frozenset({"dim"}),
+        {"width": 64, "steps": 10, "base": "none", "weights": STOCHASTIC, "max_steps": 1500},
+    ),
+    "modified-benchmark": Named(
+        lambda **options: LogBenchmark(modified=True, **options),
+        "the same with a steep terminal cost far from the start",
+        frozenset({"dim"}),
+        {"width": 64, "steps": 20, "base": "none", "weights": STOCHASTIC, "max_steps": 2000},
+    ),
+}
+
+
+def make(name: str, **options: Any) -> Problem:
+    """The problem of that name; None stands for the default of an option.
+
+    Raises:
+        ArgumentError: there is no such problem, or it has no such option.
+    """
+    if name not in PROBLEMS:
+        raise ArgumentError(unknown("problem", name, PROBLEMS))
+    given = {key: value for key, value in options.items() if value is not None}
+    foreign = sorted(given.keys() - PROBLEMS[name].options)
+    if foreign:
+        raise ArgumentError(f"the problem {name!r} has no option {', '.join(foreign)}")
+    problem = PROBLEMS[name].make(**given)
+    problem.made = {"name": name, "options": given}
+    return problem

@@ -1,0 +1,185 @@
+"""Agents that go to their targets without touching each other or an obstacle.
+
+Source: Onken et al., A neural network approach for high-dimensional optimal control, IEEE TCST
+2022 (arXiv 2104.03270), section IV; starts, targets and weights as in its code, NeuralOC.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+MARGIN = 1.1  # of the radii in training, for which NeuralOC has 2.2 r in place of 2 r
+
+
+class Agents(Problem):
+    """dz/dt = u for agents in the plane or in space: L = |u|^2 / 2 + Q(z) + W(z), G = weight
+    |z - target|^2 / 2.
+
+    W = sum over pairs closer than 2 `margin` radius of `interaction` exp(-D^2 / (2 radius^2)).
+    The margin keeps agents further apart in training than they must be; `evaluation` has none.
+
+    Args:
+        start, target: positions of all agents, (agents, space).
+        radius: of an agent.
+        terminal, interaction: weights.
+        spread: standard deviation of starts.
+    """
+
+    def __init__(
+        self,
+        start: Sequence[Sequence[float]],
+        target: Sequence[Sequence[float]],
+        radius: float,
+        *,
+        terminal: float,
+        interaction: float,
+        spread: float = 1.0,
+    ) -> None:
+        self.count, self.space = len(start), len(start[0])
+        self.dim = self.count * self.space
+        self.start = torch.tensor(start, dtype=torch.float64).flatten()
+        self.target = torch.tensor(target, dtype=torch.float64).flatten()
+        self.radius, self.terminal, self.interaction = radius, terminal, interaction
+        self.spread, self.margin = spread, MARGIN
+        self.pairs = torch.triu_indices(self.count, self.count, 1)
+
+    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        return u
+
+    def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
+        squared = self.squared_distances(z)
+        near = squared < (2 * self.margin * self.radius) ** 2
+        W = torch.where(near, torch.exp(-squared / (2 * self.radius**2)), 0).sum(1)
+        return (
+            0.5 * u.square().sum(1) + self.obstacle_cost(self.positions(z)) + self.interaction * W
+        )
+
+    def terminal_cost(self, z: Tensor) -> Tensor:
+        return 0.5 * self.terminal * (z - self.target.to(z)).square().sum(1)
+
+    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
+        return -p
+
+    def obstacle_cost(self, a: Tensor) -> Tensor:
+        """Q of positions `a` (batch, agents, space), (batch,)."""
+        return a.new_zeros(len(a))
+
+    def obstacle_clearance(self, a: Tensor) -> Tensor:
+        """Distance of each position to the nearest obstacle, (batch, agents)."""
+        return a.new_full(a.shape[:2], math.inf)
+
+    def positions(self, z: Tensor) -> Tensor:
+        """States (batch, dim) as (batch, agents, space)."""
+        return z.view(len(z), self.count, self.space)
+
+    def squared_distances(self, z: Tensor) -> Tensor:
+        """Between the agents of each pair, (batch, pairs)."""
+        a = self.positions(z)
+        i, j = self.pairs
+        return (a[:, i] - a[:, j]).square().sum(2)
+
+    def clearance(self, z: Tensor) -> Tensor:
+        """How far the agents are from touching another one or an obstacle; negative where they
+        do, (batch,)."""
+        a = self.positions(z)
+        apart = self.squared_distances(z).amin(1).sqrt() - 2 * self.radius
+        return torch.minimum(apart, self.obstacle_clearance(a).amin(1))
+
+    def evaluation(self) -> "Agents":
+        """The same problem without the margins of training."""
+        exact = copy.copy(self)
+        exact.margin = 1.0
+        return exact
+
+
+class Corridor(Agents):
+    """Two agents pass between hills, Q = 10^4 times four Gaussian densities. The local optimum
+    from the nominal start costs 61.33."""
+
+    name = "corridor"
+    hills = ((-2.5, 0.0), (-1.5, 0.0), (1.5, 0.0), (2.5, 0.0))
+    variance, height = 0.2, 1e4
+
+    def __init__(self) -> None:
+        start, target = [(-2.0, -2.0), (2.0, -2.0)], [(2.0, 2.0), (-2.0, 2.0)]
+        super().__init__(start, target, 0.5, terminal=100.0, interaction=300.0)
+
+    def obstacle_cost(self, a: Tensor) -> Tensor:
+        squared = (a[:, :, None] - a.new_tensor(self.hills)).square().sum(3)
+        peak = self.height / (2 * math.pi * self.variance)
+        return peak * torch.exp(-squared / (2 * self.variance)).sum((1, 2))
+
+
+class Swap2(Agents):
+    """Two agents change places through a gap between two discs."""
+
+    name = "swap2"
+    discs = ((0.0, 4.0), (0.0, -3.5))
+    disc_radius, height = 2.0, 1e6
+
+    def __init__(self) -> None:
+        start, target = [(-10.0, 0.0), (10.0, 0.0)], [(10.0, 0.0), (-10.0, 0.0)]
+        super().__init__(start, target, 1.0, terminal=300.0, interaction=1e5)
+
+    def obstacle_cost(self, a: Tensor) -> Tensor:
+        squared = self._to_discs(a)
+        # In training an agent has its radius, in evaluation it is a point, as in NeuralOC.
+        reach = self.disc_radius + (self.radius if self.margin > 1 else 0.0)
+        density = torch.exp(-squared / 2) / (2 * math.pi)
+        return self.height * torch.where(squared < reach**2, density, 0).sum((1, 2))
+
+    def obstacle_clearance(self, a: Tensor) -> Tensor:
+        return self._to_discs(a).amin(2).sqrt() - self.disc_radius
+
+    def _to_discs(self, a: Tensor) -> Tensor:
+        return (a[:, :, None] - a.new_tensor(self.discs)).square().sum(3)
+
+
+class Swap12(Agents):
+    """Six pairs of agents change places, 24 dimensions."""
+
+    name = "swap12"
+
+    def __init__(self) -> None:
+        start = [
+            (0, 0), (2, 2), (-10, 0), (10, 0), (-5, -5), (5, 5),
+            (-6, -1), (-4, 2), (-5, 5), (5, -5), (-2, -2), (2, -2),
+        ]  # fmt: skip
+        target = [start[i + 1 if i % 2 == 0 else i - 1] for i in range(12)]
+        super().__init__(start, target, 0.5, terminal=300.0, interaction=1e5)
+
+
+class Swarm50(Agents):
+    """Fifty agents in space fly past two blocks, 150 dimensions."""
+
+    name = "swarm50"
+    # Lower and upper corners; NeuralOC has no lower end in height.
+    blocks = (((-2.0, -0.5, -math.inf), (2.0, 0.5, 7.0)), ((2.0, -1.0, -math.inf), (4.0, 1.0, 4.0)))
+    height = 1e4
+
+    def __init__(self) -> None:
+        upper = [
+            *((x, 2, 6) for x in (-2, -1, 0, 1, 2, 3, 4)),
+            *((x, 3, 7) for x in (-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5)),
+            *((x, 4, 8) for x in (-2, -1, 0, 1, 2, 3, 4)),
+            *((x, 3, 5) for x in (-2, -1, 1, 2)),
+        ]
+        target = [*upper, *((x, y - 0.5, z - 3) for x, y, z in upper)]
+        start = [(x, -y, 10 - z) for x, y, z in target]
+        super().__init__(start, target, 0.1, terminal=900.0, interaction=25_000.0, spread=0.1)
+
+    def obstacle_cost(self, a: Tensor) -> Tensor:
+        depth = (self.margin - 1) * 10 * self.radius - self.obstacle_clearance(a)
+        return self.height * depth.clamp_min(0).sum(1)
+
+    def obstacle_clearance(self, a: Tensor) -> Tensor:
+        low, high = a.new_tensor(self.blocks).unbind(1)  # (blocks, 3)
+        beyond = torch.maximum(low - a[:, :, None], a[:, :, None] - high)  # by each side
+        inside = beyond.amax(3)
+        outside = beyond.clamp_min(0).norm(dim=3)
+        return torch.where(inside > 0, outside, inside).amin(2)
