@@ -19,7 +19,7 @@ FLOORS = {
         *("flows", "posterior", "games", "networks", "diffusion", "pde", "inverse", "graphs"),
         "control.problems",
     ),
-    4: ("estimators", "models", "export", "convert"),
+    4: ("estimators", "models", "export", "export_policy", "convert"),
     5: ("cli", "reproduce", "report", "posterior_report", "control_report", "__main__"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

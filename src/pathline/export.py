@@ -255,7 +255,8 @@ def _whole(flow: Flow) -> Flow:
 def _untiled(potential: Potential) -> Callable[..., Any]:
     first = potential.get_parameter("layers.0.weight")[:, : potential.dim]
     traces = _Untiled(potential.inner_weights(), first, potential.h)
-    return lambda probe=None, trace_dtype=None: partial(potential._derivatives, traces)
+    evaluate = partial(potential._derivatives, traces, first, potential.A[:, : potential.dim])
+    return lambda probe=None, trace_dtype=None, noise=None: evaluate
 
 
 def _shift(flow: Flow, now: _Clock) -> None:

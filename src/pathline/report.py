@@ -35,7 +35,7 @@ class Section:
     """A part of a report: a heading, then text, table, figure and code, each where given.
 
     `text` is plain, with an empty line between paragraphs; the first row of `table` is its
-    header; `code` is shown as it is, in a fixed-width font.
+    header; `code` is shown as it is, in a fixed-width font; `animation` is a GIF.
     """
 
     title: str
@@ -43,6 +43,7 @@ class Section:
     table: Sequence[Sequence[object]] | None = None
     figure: "Figure | None" = None
     code: str = ""
+    animation: bytes = b""
 
 
 def write_report(
@@ -403,6 +404,10 @@ def _section(section: Section) -> str:
         parts.append(_table(section.table))
     if section.figure is not None:
         parts.append(_picture(section.figure, section.title))
+    if section.animation:
+        data = base64.b64encode(section.animation).decode()
+        alt = escape(f"{section.title}, in motion")
+        parts.append(f'<figure><img src="data:image/gif;base64,{data}" alt="{alt}"></figure>')
     if section.code:
         parts.append(f"<pre>{escape(section.code)}</pre>")
     return "<section>\n" + "\n".join(parts) + "\n</section>"

@@ -10,17 +10,18 @@ from cyclopts import App
 from cyclopts.exceptions import CycloptsError
 
 from .. import __version__
-from ..errors import DataWarning, PathlineError, TrainingError
+from ..errors import DataWarning, PathlineError, SolveError, TrainingError
 from .deploy import convert, export
 from .fit import density
 from .posterior import conditional, posterior
 from .reproduce import reproduce
+from .solve import solve
 from .use import check, report, sample, score
 
 app = App(
     name="pathline",
     version=f"pathline {__version__}",
-    help="Continuous-time deep learning: exact, invertible densities of tables of numbers.",
+    help="Continuous-time deep learning: densities of tables of numbers, and optimal control.",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
@@ -29,7 +30,7 @@ fit.command(density)
 fit.command(posterior)
 fit.command(conditional)
 app.command(fit)
-for command in (sample, score, check, report, reproduce, export, convert):
+for command in (solve, sample, score, check, report, reproduce, export, convert):
     app.command(command)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -51,7 +52,7 @@ def _run(arguments: list[str]) -> int:
         )
     except CycloptsError as error:
         return _fail(BAD_INPUT, str(error))
-    except TrainingError as error:
+    except (SolveError, TrainingError) as error:
         return _fail(FAILED, str(error))
     except PathlineError as error:
         return _fail(BAD_INPUT, str(error))

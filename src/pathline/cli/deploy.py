@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from .. import models
+from ..control import Policy
 from ..convert import read_otflow
 from ..errors import ArgumentError
-from .options import Flag, answer, open_model
+from .options import Flag, answer, recipe_of
 
 
 def export(
@@ -20,16 +21,17 @@ def export(
     double: Flag = False,
     json: Flag = False,
 ) -> None:
-    """Write log-density and sampling of a flow as files that run without Pathline.
+    """Write log-density and sampling of a flow, or the control of a policy, as files that run
+    without Pathline.
 
-    Each is compared with the flow before it is written.
+    Each is compared with the model before it is written.
 
     Parameters
     ----------
     model
         A run folder, or the model inside it.
     to
-        ONNX files, or .pt2 files of torch.export.
+        ONNX files, or .pt2 files of torch.export; of a policy only the latter.
     out
         Folder to write; the folder export in MODEL by default.
     double
@@ -38,13 +40,20 @@ def export(
         Print one JSON object on standard output.
     """
     from ..export import export_flow  # the exporters take seconds to import
+    from ..export_policy import export_policy
 
-    flow, recipe = open_model(model)
     out = model / "export" if out is None else out
-    content = export_flow(flow.double() if double else flow, out, to=to, columns=recipe.columns)
+    found = models.load(model)
+    found = found.double() if double else found
+    if isinstance(found, Policy):
+        if to != "torch-export":
+            raise ArgumentError(f"--to must be torch-export for a policy, got {to}")
+        content = export_policy(found, out)
+    else:
+        content = export_flow(found, out, to=to, columns=recipe_of(model, found).columns)
     lines = [
         f"{entry['file']}: {name}({', '.join(entry['inputs'])}), "
-        f"largest difference to the flow {entry['difference']:.2g}"
+        f"largest difference to the model {entry['difference']:.2g}"
         for name, entry in content["functions"].items()
     ]
     answer(content | {"out": str(out)}, json, "\n".join([*lines, f"wrote {out}"]))

@@ -66,11 +66,16 @@ def say(text: str) -> None:
 def open_model(folder: Path) -> tuple[Any, Recipe]:
     """A saved model and how its table was prepared; of a conditional one, that of x alone."""
     model = models.load(folder)
+    return model, recipe_of(folder, model)
+
+
+def recipe_of(folder: Path, model: Any) -> Recipe:
+    """How the table of a saved model was prepared; of a conditional one, that of x alone."""
     if getattr(model, "context_dim", 0):
         pairs = open_conditional(folder, model)
-        return model, replace(pairs.recipe, columns=pairs.names, original=pairs.parameters)
+        return replace(pairs.recipe, columns=pairs.names, original=pairs.parameters)
     kept = models.metadata(folder).get("recipe")
-    return model, Recipe.from_dict(kept) if kept else Recipe.untouched(model.dim)
+    return Recipe.from_dict(kept) if kept else Recipe.untouched(model.dim)
 
 
 def names(values: list[str] | None, columns: tuple[str, ...]) -> list[str]:

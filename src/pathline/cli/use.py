@@ -10,13 +10,17 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
+from ..control import Policy
+from ..control.judge import check_policy
+from ..control_report import KIND, record_policy_check, write_control_report
 from ..data import Recipe, read_table, write_table
 from ..errors import ArgumentError, DataWarning
 from ..flows import TransportMap
+from ..models import load
 from ..posterior.outliers import find_outliers
 from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
-from ..train.files import read_json
+from ..train.files import read_json, read_model
 from .options import Flag, Positive, Seed, answer, open_conditional, open_model
 
 WARNED = 3  # observations
@@ -52,7 +56,7 @@ def sample(
     json
         Print one JSON object on standard output.
     """
-    flow, recipe = open_model(model)
+    flow, recipe = _open_density(model, "sample")
     if flow.context_dim:
         return _sample_posterior(model, flow, recipe, n, observe, out, seed, json)
     if observe is not None:
@@ -129,7 +133,7 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
     json
         Print one JSON object on standard output.
     """
-    flow, recipe = open_model(model)
+    flow, recipe = _open_density(model, "score")
     rows = _rows(model, flow, recipe, file)
     with torch.no_grad():
         log_prob = flow.double().log_prob(*rows).numpy()
@@ -148,28 +152,57 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
     answer(content | ({"out": str(out)} if out else {}), json, text)
 
 
-def check(model: Path, file: Path, /, *, seed: Seed = 0, json: Flag = False) -> int:
+def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Flag = False) -> int:
     """Can the model be trusted on the rows of a table? Exit code 1 where it can't.
 
     A conditional model is also tested for calibration: ranks, expected coverage and TARP of up to
-    1000 pairs that were not used in training. Pictures and report in a run folder are renewed.
+    1000 pairs that were not used in training. A policy is tested on starts of its own problem,
+    without a table. Pictures and report in a run folder are renewed.
 
     Parameters
     ----------
     model
         A run folder, or the model inside it.
     file
-        Table with the columns of the training table, or pairs as those it was trained on.
+        Table with the columns of the training table, or pairs as those it was trained on; none
+        for a policy.
     seed
         Of everything random.
     json
         Print one JSON object on standard output.
     """
+    if _is_policy(model):
+        return _check_policy(model, file, seed, json)
+    if file is None:
+        raise ArgumentError(f"check needs a FILE with rows to judge {model} on")
     flow, recipe = open_model(model)
     rows = [part[:10_000] for part in _rows(model, flow, recipe, file)]
     if flow.context_dim:
         return _check_posterior(model, flow, file, rows, seed, json)
     found = flow.double().check(*rows, seed=seed)
+    answer(found.to_dict(), json, found.verdict)
+    return 0 if found.passed else 1
+
+
+def _is_policy(model: Path) -> bool:
+    return bool(read_model(model)[0]["kind"] == Policy.__name__)
+
+
+def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
+    if _is_policy(model):
+        raise ArgumentError(
+            f"{command} is for densities; {model} holds a policy, which `pathline check` judges "
+            "and `pathline.load` opens in Python"
+        )
+    return open_model(model)
+
+
+def _check_policy(model: Path, file: Path | None, seed: int, json: bool) -> int:
+    if file is not None:
+        raise ArgumentError(f"{model} holds a policy, which is checked without a table, got {file}")
+    found = check_policy(load(model), seed=seed)
+    if (model / "metrics.json").exists() and (model / "report.html").exists():
+        record_policy_check(model, found)
     answer(found.to_dict(), json, found.verdict)
     return 0 if found.passed else 1
 
@@ -207,5 +240,6 @@ def report(run: Path, /) -> None:
         A run folder.
     """
     kind = read_json(run / "metrics.json").get("report", {}).get("kind")
-    (write_posterior_report if kind == "posterior" else write_density_report)(run)
+    writers = {"posterior": write_posterior_report, KIND: write_control_report}
+    writers.get(kind, write_density_report)(run)
     print(f"wrote {run / 'report.html'}")

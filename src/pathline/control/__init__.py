@@ -2,6 +2,7 @@
 
 from ..native import Adjoint as Adjoint
 from .check import ProblemCheck as ProblemCheck
+from .judge import PolicyCheck as PolicyCheck
 from .minimise import minimise_controls as minimise_controls
 from .objective import ValueObjective as ValueObjective
 from .objective import Weights as Weights
@@ -21,6 +22,7 @@ __all__ = [
     "Adjoint",
     "OpenLoop",
     "Policy",
+    "PolicyCheck",
     "Problem",
     "ProblemCheck",
     "QuadraticValue",

@@ -81,8 +81,11 @@ def _attributes(problem: "Problem") -> list[str]:
 
 
 def _starts(problem: "Problem", generator: torch.Generator) -> list[str]:
-    z = problem.initial(ROWS, generator)
-    problem.limits(z)
+    try:
+        z = problem.initial(ROWS, generator)
+        problem.limits(z)
+    except ArgumentError as error:
+        return [str(error)]
     if not isinstance(z, Tensor) or tuple(z.shape) != (ROWS, problem.dim):
         shape = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         return [f"`initial({ROWS}, generator)` must be ({ROWS}, {problem.dim}), got {shape}"]
@@ -182,7 +185,8 @@ def _minimum(
     least, worst = cost(u), torch.zeros(())
     for i in range(TRIALS):
         size = 10.0 ** (-3 + 4 * i / (TRIALS - 1))
-        other = u + size * torch.randn(u.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64)
+        other = u + size * (1 + u.abs()) * noise
         other = (
             other if limits is None else torch.minimum(torch.maximum(other, limits[0]), limits[1])
         )
@@ -191,6 +195,6 @@ def _minimum(
     if worst > SLACK:
         found.append(
             f"`feedback` does not minimise L + p.f: another control is better by {worst:.2g} of it "
-            "(is the sign of p right? u minimises L + p.f with p = grad Phi)"
+            "(is the sign of p right? u minimises L + p.f with p = grad Phi; is there a minimum?)"
         )
     return found

@@ -44,17 +44,19 @@ def minimise_controls(problem: "Problem", t: Tensor, z: Tensor, p: Tensor) -> Te
     for _ in range(MOST):
         value, slope, hessian = _expand(cost, u, still_z, still_p)
         free = _free(u, slope, limits)
-        step = _newton(slope, hessian, free)
+        step = _newton(u, slope, hessian, free)
         if bool((step.abs() <= tolerance * (1 + u.abs())).all()):
             break
-        u = _search(lambda u: cost(u, still_z, still_p), clip, u, value, slope, step)
-    if not torch.is_grad_enabled() or not (z.requires_grad or p.requires_grad):
+        last, u = u, _search(lambda u: cost(u, still_z, still_p), clip, u, value, slope, step)
+        if torch.equal(last, u):
+            break
+    if not torch.is_grad_enabled() or not cost(u, z, p).requires_grad:
         return u
     _, _, hessian = _expand(cost, u, still_z, still_p)
     variable = u.detach().requires_grad_(True)
     slope = gradient(cost(variable, z, p), variable)
     free = _free(u, slope.detach(), limits)
-    return u + _newton(slope, hessian, free)
+    return u + _newton(u, slope, hessian, free)
 
 
 def _expand(cost: Cost, u: Tensor, z: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,17 +80,20 @@ def _free(u: Tensor, slope: Tensor, limits: tuple[Tensor, Tensor] | None) -> Ten
     return ~(((u <= lower) & (slope > 0)) | ((u >= upper) & (slope < 0)))
 
 
-def _newton(slope: Tensor, hessian: Tensor, free: Tensor) -> Tensor:
+def _newton(u: Tensor, slope: Tensor, hessian: Tensor, free: Tensor) -> Tensor:
     """The Newton step of the free coordinates, (batch, k); along -slope where the curvature is
     not positive."""
+    slope = torch.where(free, slope, 0)
     both = free[:, :, None] & free[:, None, :]
     eye = torch.eye(slope.shape[1], dtype=slope.dtype, device=slope.device)
     H = torch.where(both, hessian, 0) + torch.where(free, 0, 1)[:, :, None] * eye
     low = torch.linalg.eigvalsh(H)[:, :1, None]
     scale = H.abs().amax((1, 2), keepdim=True)
-    # A linear or concave cost has no Newton step: then one as long as the gradient is tried.
-    shift = torch.where(low > 1e-8 * scale, 0, 1 - low)
-    return -torch.linalg.solve(H + shift * eye, torch.where(free, slope, 0))
+    # A linear or concave cost has no Newton step: then one about as long as 1 + |u| is tried.
+    steep = slope.detach().norm(dim=1)[:, None, None]
+    wanted = torch.maximum(steep / (1 + u.norm(dim=1)[:, None, None]), 1e-6 * scale)
+    shift = torch.where(low > 1e-8 * scale, 0, torch.where(steep > 0, wanted, 1) - low)
+    return -torch.linalg.solve(H + shift * eye, slope)
 
 
 def _search(
@@ -99,14 +104,18 @@ def _search(
     slope: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """The longest of the halved projected steps that lower the cost, for each row."""
+    """The longest of the halved projected steps that lower the cost, or are tiny, for each row."""
     found, length = u, torch.ones_like(value)
+    # Near the minimum the decrease is less than the round-off of the cost.
+    eps = torch.finfo(value.dtype).eps
+    slack, tiny = 8 * eps * value.abs(), (step.abs() <= eps**0.5 * (1 + u.abs())).all(1)
     open_rows = torch.ones_like(value, dtype=torch.bool)
     with torch.no_grad():
         for _ in range(HALVINGS):
             trial = clip(u + length[:, None] * step)
             promised = ((trial - u) * slope).sum(1)
-            good = open_rows & (cost(trial) <= value + SUFFICIENT * promised)
+            fell = cost(trial) <= value + SUFFICIENT * promised + slack
+            good = open_rows & (fell | tiny)
             found = torch.where(good[:, None], trial, found)
             open_rows = open_rows & ~good
             if not bool(open_rows.any()):

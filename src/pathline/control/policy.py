@@ -17,6 +17,7 @@ from .value import ValueFunction
 
 if TYPE_CHECKING:
     from ..train import Run
+    from .judge import PolicyCheck
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,22 @@ class Policy(nn.Module):
             times.to(z), path, torch.stack(controls), running, problem.terminal_cost(path[-1]),
             clearance,
         )  # fmt: skip
+
+    def check(self, starts: Tensor | None = None, *, seed: int = 0) -> "PolicyCheck":
+        """Whether the policy can be trusted: costs on held-out starts and on a finer time grid,
+        exact values where they are known, HJB residual and terminal error, forbidden states,
+        shocks, and the time of a query.
+
+        Args:
+            starts: (rows, dim); new ones of the problem by default.
+            seed: of all draws.
+
+        Returns:
+            A `PolicyCheck`, with its verdict in words.
+        """
+        from .judge import check_policy  # which simulates policies
+
+        return check_policy(self, starts, seed)
 
     def _increments(
         self, problem: Problem, seed: int | None, steps: int, batch: int

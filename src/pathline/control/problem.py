@@ -123,15 +123,19 @@ class Problem:
         if self.control_bounds is None:
             return None
         lower, upper = (
-            torch.as_tensor(limit).to(like).expand(self.control_dim)
-            for limit in self.control_bounds
+            torch.as_tensor(limit, dtype=torch.float64).to(like) for limit in self.control_bounds
         )
-        if not bool((lower < upper).all()):
+        shapes = ((), (1,), (self.control_dim,))
+        if (
+            lower.shape not in shapes
+            or upper.shape not in shapes
+            or not bool((lower < upper).all())
+        ):
             raise ArgumentError(
-                f"`control_bounds` must be (lower, upper) with lower < upper, got "
-                f"{self.control_bounds}"
+                "`control_bounds` must be (lower, upper) with lower < upper, numbers or "
+                f"({self.control_dim},), got {self.control_bounds}"
             )
-        return lower, upper
+        return lower.expand(self.control_dim), upper.expand(self.control_dim)
 
     def check(self, *, seed: int = 0) -> ProblemCheck:
         """Test the formulas of this problem at random starts: shapes, rows that stand alone,

@@ -48,7 +48,16 @@ class QuadraticValue(nn.Module):
         """Nodes in time."""
         return len(self.times)
 
-    def bind(self, noise: Tensor | None = None) -> Callable[..., Derivatives]:
+    def path(self) -> Tensor:
+        """r at the nodes, (nodes, dim)."""
+        return self._parts(self.values)[3]
+
+    def bind(
+        self,
+        probe: Tensor | None = None,
+        trace_dtype: torch.dtype | None = None,
+        noise: Tensor | None = None,
+    ) -> Callable[..., Derivatives]:
         """Value and derivatives at (x, t), as those of `Potential.bind`."""
 
         def evaluate(
@@ -143,6 +152,9 @@ def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticVa
         path: an open-loop solution; by default the path that `problem.reference` gives, with no
             control.
 
+    Returns:
+        The value function, in double precision.
+
     Raises:
         SolveError: the Hamiltonian is not convex in the control along the path, or the equations
             have no solution.
@@ -154,14 +166,15 @@ def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticVa
     count = NODES if d <= 50 else NODES // 4
     back = np.union1d(np.linspace(LAYER, 1, count), np.geomspace(LAYER, 1, count))
     times = T * (1 - back[::-1])
-    r, dr, u, p = _along(problem, times, path)
-    expansions = [_expand(problem, *at) for at in zip(times.tolist(), r, dr, u, p, strict=True)]
+    knots = np.append(times, T)
+    r, dr, u, p = _along(problem, knots, path)
+    expansions = [_expand(problem, *at) for at in zip(knots.tolist(), r, dr, u, p, strict=True)]
     noise = None if problem.noise is None else problem.noise.double().numpy()
 
     def rates(t: float, packed: np.ndarray) -> np.ndarray:
         """Derivatives of (P, s, c) in time."""
         P, s = packed[: d * d].reshape(d, d), packed[d * d : -1]
-        e = _between(expansions, times, t)
+        e = _between(expansions, knots, t)
         S, q = P @ e.B + e.N, e.B.T @ s + e.l_u
         gain, shift = np.linalg.solve(e.R, S.T), np.linalg.solve(e.R, q)
         dP = -(e.Q + e.A.T @ P + P @ e.A - S @ gain)
@@ -186,10 +199,10 @@ def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticVa
         raise SolveError(f"the Riccati equations have no solution to time 0: {solved.message}")
     values = solved.y.T[:0:-1]
     slopes = np.stack([rates(t, v) for t, v in zip(times, values, strict=True)])
-    found = QuadraticValue(d, len(times))
+    found = QuadraticValue(d, len(times)).double()
     found.times.copy_(torch.from_numpy(times))
-    found.values.copy_(torch.from_numpy(np.concatenate([values, r], 1)))
-    found.slopes.copy_(torch.from_numpy(np.concatenate([slopes, dr], 1)))
+    found.values.copy_(torch.from_numpy(np.concatenate([values, r[:-1]], 1)))
+    found.slopes.copy_(torch.from_numpy(np.concatenate([slopes, dr[:-1]], 1)))
     return found
 
 

@@ -13,9 +13,10 @@ from ..integrate import graded, march
 from ..native import Adjoint
 from ..nets import AutodiffPotential, Derivatives, Potential
 from .problem import Problem
+from .riccati import QuadraticValue
 from .value import ValueFunction
 
-Value = Potential | ValueFunction | AutodiffPotential
+Value = Potential | ValueFunction | QuadraticValue | AutodiffPotential
 
 # Wider networks are for the matrix products of PyTorch, by benchmarks/flow_step.py.
 KERNEL_WIDTH = {"avx512": 512, "avx2": 64, "baseline": 64}

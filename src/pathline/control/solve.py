@@ -13,6 +13,7 @@ from .objective import ValueObjective, Weights
 from .policy import Policy
 from .problem import Problem
 from .riccati import QuadraticValue, riccati_value
+from .sweep import improve
 from .transcription import transcribe
 
 STARTS = 2**16  # drawn before training
@@ -119,10 +120,12 @@ def _first_policy(
 ) -> Policy:
     """A policy with first weights: with the quadratic part if that is wanted, or better."""
 
+    fine = (2 if problem.noise is None else 10) * steps  # noise stirs where the feedback is steep
+
     def make(known: QuadraticValue | None) -> Policy:
         generator = torch.Generator().manual_seed(seed)
         nodes = 0 if known is None else known.nodes
-        policy = Policy(problem, width, depth, steps=2 * steps, nodes=nodes, generator=generator)
+        policy = Policy(problem, width, depth, steps=fine, nodes=nodes, generator=generator)
         if known is not None and policy.potential.base is not None:
             policy.potential.base.load_state_dict(known.state_dict())
         policy.potential.initialise(starts[:1000].to(policy.like), generator)
@@ -131,7 +134,7 @@ def _first_policy(
     if base == "none":
         return make(None)
     try:
-        policy = make(_quadratic_part(problem, seed))
+        policy = make(_quadratic_part(problem, steps, seed))
     except SolveError:
         if base == "path":
             raise
@@ -141,9 +144,9 @@ def _first_policy(
     return make(None)
 
 
-def _quadratic_part(problem: Problem, seed: int) -> QuadraticValue:
+def _quadratic_part(problem: Problem, steps: int, seed: int) -> QuadraticValue:
     if problem.reference(torch.tensor(0.0, dtype=torch.float64)) is not None:
-        return riccati_value(problem)
+        return improve(problem, riccati_value(problem), 2 * steps)
     return riccati_value(problem, transcribe(problem, guesses=GUESSES, seed=seed))
 
 
@@ -157,6 +160,5 @@ def _helps(policy: Policy, plain: Policy, x: Tensor, steps: int) -> bool:
         path = objective.roll(states, steps, np.random.default_rng(0))
         found.append({k: v.mean() for k, v in objective.terms(states, path).items()})
     own, rival = found
-    return bool(own["cost"] < rival["cost"]) and bool(
-        own["terminal"] < FAR * (1 + own["cost"].abs())
-    )
+    cheaper = own["cost"] < rival["cost"].nan_to_num(nan=torch.inf)
+    return bool(cheaper) and bool(own["terminal"] < FAR * (1 + own["cost"].abs()))

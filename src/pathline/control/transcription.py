@@ -8,10 +8,12 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
+from ..calculus import gradient
 from ..errors import ArgumentError, ShapeError
 from .problem import Problem
 
 WAVES = 4  # of a perturbation
+LEAST_STEPS = 10  # of the coarse grid
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def transcribe(
         problem: what to solve.
         x: the start, (dim,); the nominal one by default.
         steps: of equal length.
-        guesses: descents from the best controls so far, perturbed by smooth functions of time,
-            after one from zero.
+        guesses: descents on a coarse grid from the best controls so far, perturbed by smooth
+            functions of time, after one from zero; the best of all is refined.
         controls: a first guess of your own, (steps, control_dim), such as those of a policy.
         seed: of the random guesses.
         max_iterations: of each descent.
@@ -65,45 +67,51 @@ def transcribe(
     if start.shape != (problem.dim,):
         raise ShapeError(f"`x` must be ({problem.dim},), got {tuple(start.shape)}")
     shape = (steps, problem.control_dim)
+    if controls is not None and tuple(controls.shape) != shape:
+        raise ShapeError(f"`controls` must be {shape}, got {tuple(controls.shape)}")
+    coarse = max(LEAST_STEPS, steps // 3)
+    rng = np.random.default_rng(seed)
+    waves = np.cos(np.pi * np.outer(np.linspace(0, 1, coarse), np.arange(WAVES)))
+    best = _descend(problem, start, np.zeros((coarse, shape[1])), max_iterations)
+    for _ in range(guesses):
+        size = np.sqrt(np.mean(best.x**2)) * waves @ rng.standard_normal((WAVES, shape[1]))
+        other = _descend(problem, start, best.x.reshape(-1, shape[1]) + size, max_iterations)
+        best = min(best, other, key=_value)
+    stretched = best.x.reshape(-1, shape[1])[np.arange(steps) * coarse // steps]
+    best = _descend(problem, start, stretched, max_iterations)
+    if controls is not None:
+        other = _descend(problem, start, controls.double().cpu().numpy(), max_iterations)
+        best = min(best, other, key=_value)
+    u = torch.from_numpy(best.x.reshape(shape))
+    with torch.no_grad():
+        states, running, terminal = shoot(problem, start, u)
+    times = torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
+    return OpenLoop(
+        (running + terminal).item(), running.item(), terminal.item(), times,
+        torch.cat(states), _costates(problem, states, u), u, int(best.nit),
+        str(best.message),
+    )  # fmt: skip
+
+
+def _descend(
+    problem: Problem, start: Tensor, first: np.ndarray, max_iterations: int
+) -> OptimizeResult:
+    """From the controls `first`, (steps, control_dim), to a local minimum."""
     limits = problem.limits(start)
     bounds = None
     if limits is not None:
-        low, high = (limit.numpy() for limit in limits)
-        bounds = list(zip(np.tile(low, steps), np.tile(high, steps), strict=True))
+        bounds = list(zip(*(np.tile(limit.numpy(), len(first)) for limit in limits), strict=True))
 
     def cost(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        u = torch.from_numpy(flat.reshape(shape)).requires_grad_(True)
-        total = sum(shoot(problem, start, u)[1:])
-        assert isinstance(total, Tensor)
-        (slope,) = torch.autograd.grad(total, u)
-        return total.item(), slope.numpy().ravel()
+        u = torch.from_numpy(flat.reshape(first.shape)).requires_grad_(True)
+        _, running, terminal = shoot(problem, start, u)
+        (slope,) = torch.autograd.grad(running + terminal, u)
+        return (running + terminal).item(), slope.numpy().ravel()
 
     options = {"maxiter": max_iterations, "maxfun": 4 * max_iterations, "maxcor": 30}
-
-    def descend(first: np.ndarray) -> OptimizeResult:
-        return minimize(
-            cost, first.ravel(), jac=True, method="L-BFGS-B", bounds=bounds, options=options
-        )
-
-    best = descend(np.zeros(shape))
-    if controls is not None:
-        if tuple(controls.shape) != shape:
-            raise ShapeError(f"`controls` must be {shape}, got {tuple(controls.shape)}")
-        best = min(best, descend(controls.double().cpu().numpy()), key=_value)
-    rng = np.random.default_rng(seed)
-    waves = np.cos(np.pi * np.outer(np.linspace(0, 1, steps), np.arange(WAVES)))
-    for _ in range(guesses):
-        size = np.sqrt(np.mean(best.x**2)) * waves @ rng.standard_normal((WAVES, shape[1]))
-        best = min(best, descend(best.x.reshape(shape) + size), key=_value)
-    u = torch.from_numpy(best.x.reshape(shape))
-    states, running, terminal = shoot(problem, start.clone().requires_grad_(True), u)
-    costates = torch.autograd.grad(running + terminal, states)
-    times = torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
-    return OpenLoop(
-        float(best.fun), running.item(), terminal.item(), times,
-        torch.cat([state.detach() for state in states]), torch.cat(costates), u, int(best.nit),
-        str(best.message),
-    )  # fmt: skip
+    return minimize(
+        cost, first.ravel(), jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    )
 
 
 def shoot(problem: Problem, x: Tensor, controls: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -119,9 +127,21 @@ def shoot(problem: Problem, x: Tensor, controls: Tensor) -> tuple[list[Tensor], 
     return states, total, problem.terminal_cost(z)[0]
 
 
-def advance(
-    problem: Problem, time: float, h: float, z: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
+@torch.enable_grad()
+def _costates(problem: Problem, states: list[Tensor], controls: Tensor) -> Tensor:
+    """Of the cost from each state on: a state also counts in the cost of the step before."""
+    h = problem.horizon / len(controls)
+    end = states[-1].clone().requires_grad_(True)
+    found = [gradient(problem.terminal_cost(end), end).detach()]
+    for n in reversed(range(len(controls))):
+        z = states[n].clone().requires_grad_(True)
+        after, L = advance(problem, n * h, h, z, controls[n : n + 1])
+        (slope,) = torch.autograd.grad(L.sum() + (found[0] * after).sum(), z)
+        found.insert(0, slope)
+    return torch.cat(found)
+
+
+def advance(problem: Problem, time: float, h: float, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """States (batch, dim) after a step under the constant controls `u`, (batch, control_dim), by
     RK4, and the running cost of the step by Simpson's rule, (batch,)."""
     t = [z.new_tensor(time + part * h) for part in (0.0, 0.5, 1.0)]
@@ -137,4 +157,4 @@ def advance(
 
 
 def _value(result: OptimizeResult) -> float:
-    return float(result.fun)
+    return float(result.fun) if np.isfinite(result.fun) else np.inf

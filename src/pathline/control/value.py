@@ -11,6 +11,7 @@ from .problem import Problem
 from .riccati import QuadraticValue, resting_point
 
 LEAST_VARIANCE = 0.25  # of a coordinate, over the mean of all
+LEAST_ON_PATH = 1e-4  # where a path tells how far each goes
 FIRST_GAIN = 2.5
 
 
@@ -56,7 +57,7 @@ class ValueFunction(nn.Module):
         """Value and derivatives with respect to x and t, as those of `Potential.bind`."""
         directions = torch.eye(self.dim).to(self.scale) if noise is None else noise
         inner = self.potential.bind(probe, trace_dtype, directions / self.scale[:, None])
-        known = None if self.base is None else self.base.bind(noise)
+        known = None if self.base is None else self.base.bind(noise=noise)
         back, horizon = self.unit / self.scale, self.problem.horizon
 
         def evaluate(
@@ -80,25 +81,27 @@ class ValueFunction(nn.Module):
     def initialise(self, x: Tensor, generator: torch.Generator) -> None:
         """Set the units from starts `x`, (batch, dim), and the weights of phi.
 
-        States are expected between the starts and the reference, or, without one, a minimum of
-        the terminal cost. The unit of the values is one at which a change of the weights by about
-        one changes the velocity by about as much: with larger ones the closed loop is unstable as
-        training begins. With a base, phi starts at zero.
+        States are expected near the path of the base, or, without one, between the starts and a
+        minimum of the terminal cost. The unit of the values is one at which a change of the weights
+        by about one changes the velocity by about as much: with larger ones the closed loop is
+        unstable as training begins. With a base, phi starts at zero.
         """
         problem, inner = self.problem, self.potential
-        target = resting_point(problem).to(x)
-        both = torch.cat([x, x - x.mean(0) + target])
-        variance = both.var(0, correction=0)
+        if self.base is None:
+            path, least = x - x.mean(0) + resting_point(problem).to(x), LEAST_VARIANCE
+        else:
+            path, least = self.base.path().to(x), LEAST_ON_PATH
+        middle = (x.mean(0) + path.mean(0)) / 2  # however many points each has
+        variance = torch.stack([(part - middle).square().mean(0) for part in (x, path)]).mean(0)
         if problem.noise is not None:
             variance = variance + problem.noise.to(x).square().sum(1) * problem.horizon
-        typical = variance.mean().clamp_min(1e-12)
-        scale = torch.maximum(variance, LEAST_VARIANCE * typical).sqrt()
+        scale = variance.clamp_min(least * variance.mean().clamp_min(1e-12)).sqrt()
         gain = torch.linalg.matrix_norm(self._response(x[:16]) / scale / scale[:, None], 2).mean()
         unit = FIRST_GAIN / (gain * problem.horizon) if gain > 1e-12 else torch.ones_like(gain)
-        self.centre.copy_(both.mean(0))
+        self.centre.copy_(middle)
         self.scale.copy_(scale)
         self.unit.copy_(unit)
-        inputs = (both - self.centre) / self.scale
+        inputs = (torch.cat([x, path]) - self.centre) / self.scale
         inner.random_features(inputs, 0.7 * (3 / (inner.dim + 1)) ** 0.5, generator)
         if self.base is not None:
             inner.w.zero_()

@@ -172,7 +172,7 @@ class Potential(nn.Module):
     ) -> Derivatives:
         s = self._stack(x, t, context)
         for name, given, want in (
-            ("probe", traces.probe, (len(x), columns.shape[1])),
+            ("probe", traces.probe, (x.shape[0], columns.shape[1])),
             ("laplacian_adjoint", laplacian_adjoint, x.shape[:1]),
         ):
             if given is not None and given.shape != want:

@@ -21,7 +21,7 @@ FORMAT = 1
 RUN_ENTRIES = (
     "config.json", "model", "checkpoint", "log.jsonl", "metrics.json", "report.html",
     "held_out.npy", "samples.csv", "pictures.npz", "autoencoder", "export", "tensorboard",
-    "ranks.png", "coverage.png", "posterior.png",
+    "ranks.png", "coverage.png", "posterior.png", "animation.gif", "open_loop.npz",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .agents import Swarm50 as Swarm50
 from .analytic import LinearQuadratic as LinearQuadratic
 from .analytic import LogBenchmark as LogBenchmark
 from .hill import Hill as Hill
+from .neuron import Neuron as Neuron
 from .quadcopter import Quadcopter as Quadcopter
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LinearQuadratic",
     "LogBenchmark",
     "Named",
+    "Neuron",
     "Quadcopter",
     "Swap2",
     "Swap12",
@@ -73,6 +75,12 @@ PROBLEMS: dict[str, Named] = {
         "a quadcopter flies to a point and stops, 12 dimensions, with noise if asked for",
         frozenset({"noise"}),
         {"width": 64, "steps": 26, "max_steps": 500, "batch_size": 128},
+    ),
+    "neuron": Named(
+        Neuron,
+        "a pathological neuron is steered to what a healthy one does, by deep brain stimulation",
+        frozenset({"limit"}),
+        {"base": "path", "steps": 600, "batch_size": 16, "max_steps": 20, "learning_rate": 0.001},
     ),
     "hill": Named(
         Hill,

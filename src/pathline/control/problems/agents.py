@@ -20,8 +20,10 @@ class Agents(Problem):
     """dz/dt = u for agents in the plane or in space: L = |u|^2 / 2 + Q(z) + W(z), G = weight
     |z - target|^2 / 2.
 
-    W = sum over pairs closer than 2 `margin` radius of `interaction` exp(-D^2 / (2 radius^2)).
-    The margin keeps agents further apart in training than they must be; `evaluation` has none.
+    W = sum over pairs of agents that touch, D < 2 radius, of `interaction`
+    exp(-D^2 / (2 radius^2)). In training radii are larger by `margin`, which keeps agents further
+    apart than they must be, and W begins at zero, as a descent does not see a jump; `evaluation`
+    is without both.
 
     Args:
         start, target: positions of all agents, (agents, space).
@@ -52,9 +54,8 @@ class Agents(Problem):
         return u
 
     def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        squared = self.squared_distances(z)
-        near = squared < (2 * self.margin * self.radius) ** 2
-        W = torch.where(near, torch.exp(-squared / (2 * self.radius**2)), 0).sum(1)
+        scaled = self.squared_distances(z) / (2 * self.radius**2)
+        W = self.bump(scaled, 2 * self.margin**2).sum(1)
         return (
             0.5 * u.square().sum(1) + self.obstacle_cost(self.positions(z)) + self.interaction * W
         )
@@ -64,6 +65,11 @@ class Agents(Problem):
 
     def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
         return -p
+
+    def bump(self, x: Tensor, edge: float) -> Tensor:
+        """e^-x for x below the edge; in training less its value there."""
+        height = torch.exp(-x) - (math.exp(-edge) if self.margin > 1 else 0.0)
+        return torch.where(x < edge, height, 0)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
         """Q of positions `a` (batch, agents, space), (batch,)."""
@@ -87,8 +93,8 @@ class Agents(Problem):
         """How far the agents are from touching another one or an obstacle; negative where they
         do, (batch,)."""
         a = self.positions(z)
-        apart = self.squared_distances(z).amin(1).sqrt() - 2 * self.radius
-        return torch.minimum(apart, self.obstacle_clearance(a).amin(1))
+        apart = self.squared_distances(z).sqrt() - 2 * self.radius
+        return torch.cat([apart, self.obstacle_clearance(a)], 1).amin(1)
 
     def evaluation(self) -> "Agents":
         """The same problem without the margins of training."""
@@ -127,11 +133,11 @@ class Swap2(Agents):
         super().__init__(start, target, 1.0, terminal=300.0, interaction=1e5)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
-        squared = self._to_discs(a)
         # In training an agent has its radius, in evaluation it is a point, as in NeuralOC.
         reach = self.disc_radius + (self.radius if self.margin > 1 else 0.0)
-        density = torch.exp(-squared / 2) / (2 * math.pi)
-        return self.height * torch.where(squared < reach**2, density, 0).sum((1, 2))
+        return (
+            self.height / (2 * math.pi) * self.bump(self._to_discs(a) / 2, reach**2 / 2).sum((1, 2))
+        )
 
     def obstacle_clearance(self, a: Tensor) -> Tensor:
         return self._to_discs(a).amin(2).sqrt() - self.disc_radius

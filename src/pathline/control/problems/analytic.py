@@ -8,6 +8,7 @@ import torch
 from scipy import integrate, special
 from torch import Tensor
 
+from ...errors import ArgumentError
 from ..problem import Problem
 
 
@@ -60,10 +61,15 @@ class LogBenchmark(Problem):
         dim: of the state.
         modified: the modified form.
 
+    Raises:
+        ArgumentError: `dim` is less than two.
+
     Source: E, Han, Jentzen, 2017 (arXiv 1706.04702); Li, Verma, Ruthotto (arXiv 2209.13104).
     """
 
     def __init__(self, dim: int = 100, modified: bool = False) -> None:
+        if dim < 2:
+            raise ArgumentError(f"`dim` must be at least 2, got {dim}")
         self.name = "modified-benchmark" if modified else "benchmark"
         self.dim, self.modified = dim, modified
         self.weight, self.target = (1000.0, 3.0) if modified else (1.0, 0.0)
@@ -99,39 +105,40 @@ class LogBenchmark(Problem):
         power = self.weight / kappa  # exp(-G / kappa) = ((1 + r^2) / 2)^-power
         root = math.sqrt(variance)
 
-        def log_density(y: float, a: np.ndarray) -> np.ndarray:
-            """Of y = (squared distance of the dim - 1 other coordinates) / variance, and of the
-            coordinate `a` along the way."""
+        def log_density(w: np.ndarray, a: np.ndarray) -> np.ndarray:
+            """Of w = (distance of the dim - 1 other coordinates) / root, and of the coordinate `a`
+            along the way."""
             k = self.dim - 1
-            chi = (k / 2 - 1) * np.log(y) - y / 2 - k / 2 * math.log(2) - special.gammaln(k / 2)
+            chi = math.log(2) + (k - 1) * np.log(w) - w**2 / 2
+            chi = chi - k / 2 * math.log(2) - special.gammaln(k / 2)
             normal = -0.5 * ((a - distance) / root) ** 2 - math.log(root * math.sqrt(2 * math.pi))
-            return chi + normal - power * np.log((1 + a**2 + variance * y) / 2)
+            return chi + normal - power * np.log((1 + a**2 + variance * w**2) / 2)
 
         return -kappa * _log_integral(log_density, self.dim - 1, distance, root)
 
 
 def _log_integral(log_f: Any, k: int, distance: float, root: float, points: int = 4001) -> float:
-    """log of the integral of exp(log_f(y, a)) over y > 0 and all a, by the trapezoidal rule on a
+    """log of the integral of exp(log_f(w, a)) over w > 0 and all a, by the trapezoidal rule on a
     grid that is refined around the mode."""
-    y_low, y_high = 1e-9, 4 * k + 200.0
+    w_low, w_high = 1e-9, math.sqrt(4 * k + 200.0)
     a_low, a_high = min(0.0, distance) - 12 * root, distance + 12 * root
     for _ in range(6):
-        y = np.linspace(y_low, y_high, points)[:, None]
+        w = np.linspace(w_low, w_high, points)[:, None]
         a = np.linspace(a_low, a_high, 801)[None]
-        values = log_f(y, a)
+        values = log_f(w, a)
         top = values.max()
         seen = values > top - 40
         rows, columns = np.nonzero(seen.any(1))[0], np.nonzero(seen.any(0))[0]
         new = (
-            y[max(rows[0] - 1, 0), 0], y[min(rows[-1] + 1, points - 1), 0],
+            w[max(rows[0] - 1, 0), 0], w[min(rows[-1] + 1, points - 1), 0],
             a[0, max(columns[0] - 1, 0)], a[0, min(columns[-1] + 1, 800)],
         )  # fmt: skip
-        if new == (y_low, y_high, a_low, a_high):
+        if new == (w_low, w_high, a_low, a_high):
             break
-        y_low, y_high, a_low, a_high = (float(end) for end in new)
-    y = np.linspace(y_low, y_high, points)[:, None]
+        w_low, w_high, a_low, a_high = (float(end) for end in new)
+    w = np.linspace(w_low, w_high, points)[:, None]
     a = np.linspace(a_low, a_high, 801)[None]
-    values = log_f(y, a)
+    values = log_f(w, a)
     top = values.max()
     inner = integrate.trapezoid(np.exp(values - top), a[0], axis=1)
-    return float(top + math.log(integrate.trapezoid(inner, y[:, 0])))
+    return float(top + math.log(integrate.trapezoid(inner, w[:, 0])))
