@@ -100,13 +100,13 @@ class ValueObjective(Objective):
             increments = torch.from_numpy(draws_of) * lengths.sqrt()[:, None, None]
         return rollout(
             problem, self.model.potential, x, steps=steps, grading=problem.grading, density=False,
-            increments=increments,
+            residual=self.weights.hjb > 0, increments=increments,
         )  # fmt: skip
 
     def terms(self, x: Tensor, path: Rollout) -> dict[str, Tensor]:
         """The cost and all penalties of each row, (batch,)."""
         problem, potential = self.problem, self.model.potential
-        assert path.running_cost is not None and path.hjb is not None
+        assert path.running_cost is not None
         end = torch.as_tensor(problem.horizon, dtype=torch.float64).to(x)
         with torch.enable_grad():
             z = path.z if path.z.requires_grad else path.z.detach().requires_grad_(True)
@@ -117,10 +117,11 @@ class ValueObjective(Objective):
         cost = path.running_cost + G
         terms = {
             "cost": cost,
-            "hjb": path.hjb,
             "terminal": (phi.value - G).abs(),
             "terminal_gradient": (phi.grad - slope).abs().sum(1),
         }
+        if path.hjb is not None:
+            terms["hjb"] = path.hjb
         if path.bsde is not None:
             terms["bsde"] = path.bsde
         if self.weights.value:

@@ -46,6 +46,7 @@ def rollout(
     grading: float = 1.0,
     integrals: bool = True,
     density: bool = True,
+    residual: bool = True,
     trajectory: bool = False,
     increments: Tensor | None = None,
     adjoint: Adjoint | None = None,
@@ -69,6 +70,7 @@ def rollout(
         grading: 1 for equal time steps; larger where they should shorten towards the end.
         integrals: integrate running cost, log-determinant and HJB residual.
         density: integrate the log-determinant, too.
+        residual: with increments, integrate the HJB residual, for which the Laplacian is needed.
         trajectory: keep the states at all steps.
         increments: of the Brownian motion of a problem with noise, (steps, batch, noise_dim). A
             log-determinant is not to be had then; the BSDE residual is.
@@ -88,7 +90,7 @@ def rollout(
     if increments is not None:
         return diffuse(
             problem, potential, x, increments, graded(steps, start, stop, grading),
-            integrals=integrals, trajectory=trajectory,
+            integrals=integrals, residual=residual, trajectory=trajectory,
         )  # fmt: skip
     plain = partial(
         _march,
@@ -208,6 +210,7 @@ def diffuse(
     times: Tensor,
     *,
     integrals: bool,
+    residual: bool,
     trajectory: bool,
 ) -> Rollout:
     """`rollout` with noise. Sums take the left end of each step, as Ito's integral does.
@@ -222,14 +225,16 @@ def diffuse(
     if tuple(increments.shape) != want:
         raise ShapeError(f"`increments` must be {want}, got {tuple(increments.shape)}")
     steps, nodes, lengths = want[0], times.to(x), times.diff().tolist()
-    derivatives = potential.bind(noise=noise)
+    derivatives, wanted = potential.bind(noise=noise), integrals and residual
     z, zs = x, [x]
-    sums = {name: x.new_zeros(len(x)) for name in ("running_cost", "hjb", "bsde")}
+    sums = {name: x.new_zeros(len(x)) for name in ("running_cost", "bsde", "hjb")}
+    if not residual:
+        del sums["hjb"]
     last: Tensor | None = None  # Phi - (Phi + dPhi - L dt) as predicted by the step before
     for n in range(steps + 1):
         t = nodes[n]
         phi = derivatives(
-            z, t, value=integrals, dt=integrals and n < steps, laplacian=integrals and n < steps
+            z, t, value=integrals, dt=wanted and n < steps, laplacian=wanted and n < steps
         )
         assert phi.grad is not None
         if last is not None and phi.value is not None:
@@ -241,8 +246,9 @@ def diffuse(
         if integrals:
             running_cost = problem.running_cost(t, z, u)
             sums["running_cost"] = sums["running_cost"] + h * running_cost
-            residual = hjb_residual(phi, running_cost, dz, noisy=True)
-            sums["hjb"] = sums["hjb"] + abs(h) * residual.abs()
+            if residual:
+                off = hjb_residual(phi, running_cost, dz, noisy=True).abs()
+                sums["hjb"] = sums["hjb"] + abs(h) * off
             assert phi.value is not None
             last = phi.value - h * running_cost + (phi.grad * kick).sum(1)
         z = z + h * dz + kick

@@ -5,9 +5,11 @@ Adding one: a function `(RunArguments, size) -> Outcome` and its entry in `EXPER
 
 from functools import partial
 
+from ..control.problems import PROBLEMS
 from ..data import BENCHMARKS
 from . import (
     conditional,
+    control,
     do_vs_od,
     gradients,
     inference,
@@ -83,6 +85,16 @@ EXPERIMENTS = {
         )
         for method, label in conditional.LABELS.items()
     },
+    **{
+        name: Experiment(
+            f"{named.summary}: {control.FIGURES[name].label}", partial(control.run, name)
+        )
+        for name, named in PROBLEMS.items()
+    },
+    "quadcopter-robustness": Experiment(
+        "quadcopter policies trained with and without noise, in noise and under shocks",
+        control.run_robustness,
+    ),
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",
         sbi_benchmark.run,
