@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ..control import solve as solve_problem
-from ..control.problems import PROBLEMS, make
+from ..control.problems import PROBLEMS, make, settings
 from ..control_report import finish_control
 from ..errors import ArgumentError
 from ..train.files import open_run
@@ -67,12 +67,12 @@ def solve(
     if run is None:
         raise ArgumentError(f"solve needs a folder for the run: --out runs/{name}")
     given = {"width": width, "depth": depth, "steps": time_steps, "base": base}
-    settings = PROBLEMS[name].settings | _set(given)
+    chosen = settings(problem) | _set(given)
     # Before the work of a first policy is lost.
     open_run(run.out, resume=run.resume, overwrite=run.overwrite)
     if run.budget is not None or _begun(run):
-        settings.pop("max_steps", None)  # the budget or the checkpoint knows
-    policy = solve_problem(problem, **settings | _set(run.training()))
+        chosen.pop("max_steps", None)  # the budget or the checkpoint knows
+    policy = solve_problem(problem, **chosen | _set(run.training()))
     if baseline and problem.noise is None:
         say("solving from the nominal start, for comparison; --no-baseline leaves it out")
     metrics = finish_control(policy, run.out, baseline=baseline, seed=run.seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..control import Policy, solve
-from ..control.problems import PROBLEMS, make
+from ..control.problems import make, settings
 from ..control_report import finish_control
 from ..report import Section
 from ..train import files
@@ -107,18 +107,19 @@ def run(
 def _solve(
     name: str, arguments: RunArguments, size: str, options: dict[str, Any]
 ) -> tuple[Policy, dict[str, Any]]:
-    settings = dict(PROBLEMS[name].settings)
+    problem = make(name, **options)
+    chosen = settings(problem)
     if size == "full":
-        settings["max_steps"] *= FULL
+        chosen["max_steps"] *= FULL
     if arguments.budget is not None:
-        settings.pop("max_steps")
+        chosen.pop("max_steps")
     given = {
         "out": arguments.out, "seed": arguments.seed, "max_steps": arguments.max_steps,
         "budget": arguments.budget, "resume": arguments.resume, "overwrite": arguments.overwrite,
     }  # fmt: skip
     files.open_run(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
     given = {key: value for key, value in given.items() if value is not None}
-    policy = solve(make(name, **options), **settings | given)
+    policy = solve(problem, **chosen | given)
     return policy, finish_control(policy, arguments.out, seed=arguments.seed)
 
 

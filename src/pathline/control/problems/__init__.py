@@ -5,6 +5,7 @@ Adding one: its class, and its entry in `PROBLEMS`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ...errors import ArgumentError, unknown
@@ -35,6 +36,7 @@ __all__ = [
     "Swap12",
     "Swarm50",
     "make",
+    "settings",
 ]
 
 
@@ -53,6 +55,10 @@ class Named:
 
 
 STOCHASTIC = Weights(hjb=1.0, terminal=1.0)
+# In many dimensions the Laplacian takes long, and a sum over them is near its mean.
+MANY = Weights(hjb=0.0, terminal=1.0, terminal_gradient=0.0, bsde=20.0)
+FEW = Weights(hjb=5.0, terminal=5.0)
+COLE_HOPF = {"width": 64, "base": "none", "learning_rate": 0.02}
 PROBLEMS: dict[str, Named] = {
     "lqr": Named(
         LinearQuadratic,
@@ -96,13 +102,13 @@ PROBLEMS: dict[str, Named] = {
         LogBenchmark,
         "the 100-dimensional benchmark of stochastic control, solved by the Cole-Hopf transform",
         frozenset({"dim"}),
-        {"width": 64, "steps": 10, "base": "none", "weights": STOCHASTIC, "max_steps": 1500},
+        COLE_HOPF | {"max_steps": 1000},
     ),
     "modified-benchmark": Named(
-        lambda **options: LogBenchmark(modified=True, **options),
+        partial(LogBenchmark, modified=True),
         "the same with a steep terminal cost far from the start",
         frozenset({"dim"}),
-        {"width": 64, "steps": 20, "base": "none", "weights": STOCHASTIC, "max_steps": 2000},
+        COLE_HOPF | {"max_steps": 1500},
     ),
 }
 
@@ -122,3 +128,13 @@ def make(name: str, **options: Any) -> Problem:
     problem = PROBLEMS[name].make(**given)
     problem.made = {"name": name, "options": given}
     return problem
+
+
+def settings(problem: Problem) -> dict[str, Any]:
+    """Arguments of `control.solve` that suit a problem which `make` built."""
+    assert problem.made is not None
+    found = dict(PROBLEMS[problem.made["name"]].settings)
+    if isinstance(problem, LogBenchmark):
+        many = problem.dim > 32
+        found |= {"weights": MANY, "steps": 20} if many else {"weights": FEW, "steps": 10}
+    return found

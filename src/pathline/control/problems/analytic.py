@@ -71,7 +71,7 @@ class LogBenchmark(Problem):
         if dim < 2:
             raise ArgumentError(f"`dim` must be at least 2, got {dim}")
         self.name = "modified-benchmark" if modified else "benchmark"
-        self.dim, self.modified = dim, modified
+        self.dim = dim
         self.weight, self.target = (1000.0, 3.0) if modified else (1.0, 0.0)
         self.sigma = (0.4 if modified else 1.0) * math.sqrt(2)
         self.noise = self.sigma * torch.eye(dim, dtype=torch.float64)
