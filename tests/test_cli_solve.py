@@ -230,3 +230,14 @@ def test_animation():
     with Image.open(BytesIO(gif)) as image:
         assert image.n_frames == 4
         assert image.info["loop"] == 0
+
+
+def test_ppo_is_run_beside(tmp_path, capsys):
+    pytest.importorskip("stable_baselines3")
+    out = tmp_path / "run"
+    assert main([*LQR, "--out", str(out), "--no-baseline", "--ppo", "20000", "--json"]) == 0
+    race = json.loads(capsys.readouterr().out)["ppo"]
+    # 5 steps of 256 starts, with 20 time steps of four stages and a midpoint, and an end each.
+    assert race["own_evaluations"][-1] == 5 * 256 * (20 * 5 + 1)
+    assert race["best"] == min(race["costs"]) > race["own_costs"][-1]
+    assert "Reinforcement learning" in (out / "report.html").read_text()

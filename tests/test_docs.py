@@ -22,10 +22,11 @@ PACKAGES = (
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
     *("pathline.report", "pathline.compat.torchdiffeq", "pathline.posterior"),
+    *("pathline.control.problems", "pathline.export_policy"),
 )
 COMMANDS = (
     *("fit density", "fit posterior", "fit conditional", "sample", "score", "check", "report"),
-    *("reproduce", "export", "convert"),
+    *("reproduce", "export", "convert", "solve"),
 )
 # Flags of other programs that the pages name.
 FOREIGN = {
@@ -154,7 +155,7 @@ def folder(tmp_path, monkeypatch):
 
 RUNNING = (
     *("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family", "posterior"),
-    "calibration",
+    *("calibration", "control"),
 )
 PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
 EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)
@@ -168,7 +169,7 @@ def test_python_of_a_page_runs(name, folder, capsys):
 def test_commands_of_the_readme_run(folder, capsys):
     done = []
     for words in command_lines(ROOT / "README.md"):
-        if "run-two/" in words:  # two processes
+        if "run-two/" in words or "run-corridor/" in words:  # two processes; minutes
             continue
         assert main(words) == 0, words
         done.append(words[0])

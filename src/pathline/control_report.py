@@ -28,7 +28,7 @@ GRID = 240  # points a side of a picture of obstacles
 
 
 def finish_control(
-    policy: Policy, out: Path, *, baseline: bool = True, seed: int = 0
+    policy: Policy, out: Path, *, baseline: bool = True, ppo: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Judge the policy of a finished run, and add what is found to its folder.
 
@@ -40,7 +40,9 @@ def finish_control(
         out: the folder that it wrote.
         baseline: compare with an open-loop solution from the nominal start, which takes time; there
             is none where there is noise.
-        seed: of starts, noise, shocks and the baseline's guesses.
+        ppo: evaluations of the dynamics for a policy that PPO trains, to compare with; none if
+            None.
+        seed: of starts, noise, shocks and the baselines.
 
     Returns:
         The metrics.
@@ -51,6 +53,7 @@ def finish_control(
         "problem": problem.name,
         "check": check_policy(policy, seed=seed).to_dict(),
         "baseline": _baseline(policy, out, seed) if baseline and problem.noise is None else None,
+        "ppo": None if ppo is None else _reinforced(policy, out, ppo, seed),
         "report": {"kind": KIND, "title": f"Policy for {problem.name}", "seed": seed},
     }
     if metrics["baseline"] is None:
@@ -92,6 +95,7 @@ def write_control_report(run: Path, policy: Policy | None = None) -> None:
         _summary(policy, metrics),
         *_ways(policy, path, opened, run),
         *_courses(policy, path, opened),
+        *_race(metrics.get("ppo")),
         _shocks(metrics["check"]),
         _value(policy, head["seed"]),
         _training(history, metrics, control_plots),
@@ -112,8 +116,11 @@ def _noisy(policy: Policy, count: int, seed: int) -> Simulation:
 
 def _baseline(policy: Policy, out: Path, seed: int) -> dict[str, Any] | None:
     """An open-loop solution from the nominal start, kept in the folder; None if none is found."""
-    problem, own = policy.problem.evaluation(), policy.simulate(steps=STEPS).controls[:, 0]
-    found = transcribe(problem, steps=STEPS, controls=own.double(), seed=seed)
+    problem, own = policy.problem, policy.simulate(steps=STEPS).controls[:, 0].double()
+    found = transcribe(problem, steps=STEPS, controls=own, seed=seed)
+    if problem.evaluation() is not problem:  # whose costs may jump: from the optimum with margins
+        problem = problem.evaluation()
+        found = transcribe(problem, steps=STEPS, controls=found.controls, guesses=0, seed=seed)
     best = found.running_cost + found.terminal_cost
     if not math.isfinite(best):
         return None
@@ -133,6 +140,47 @@ def _baseline(policy: Policy, out: Path, seed: int) -> dict[str, Any] | None:
         "steps": STEPS,
         "message": found.message,
     }
+
+
+def _reinforced(policy: Policy, out: Path, evaluations: int, seed: int) -> dict[str, Any]:
+    """Mean costs on held-out starts against evaluations of the dynamics: of PPO, and of the run."""
+    from .control.ppo import solve_evaluations, train_ppo
+
+    problem, steps = policy.problem, read_json(out / "config.json")["choices"]["time_steps"]
+    found = train_ppo(problem, evaluations=evaluations, seed=seed)
+    batch = read_json(out / "config.json")["settings"]["batch_size"]
+    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    history = [json.loads(line) for line in lines]
+    own = [
+        solve_evaluations(problem, max_steps=entry["step"], steps=steps, batch_size=batch)
+        for entry in history
+    ]
+    return {
+        "evaluations": found.evaluations.tolist(),
+        "costs": found.costs.tolist(),
+        "best": found.cost,
+        "own_evaluations": own,
+        "own_costs": [entry["validation"] for entry in history],
+    }
+
+
+def _race(ppo: Mapping[str, Any] | None) -> list[Section]:
+    from .plots import curves
+
+    if ppo is None:
+        return []
+    lines = {
+        "PPO": (ppo["evaluations"], ppo["costs"]),
+        "this policy": (ppo["own_evaluations"], ppo["own_costs"]),
+    }
+    told = (
+        f"Mean cost over held-out starts against evaluations of the dynamics in training. PPO, "
+        f"which knows the problem only by its rewards, reaches {ppo['best']:.5g}. Evaluations for "
+        "the open-loop solution that this policy began with are not counted."
+    )
+    figure = curves(lines, "evaluations of the dynamics", "mean cost", "Against PPO")
+    figure.axes[0].set(xscale="log", yscale="log" if min(ppo["costs"]) > 0 else "linear")
+    return [Section("Reinforcement learning", told, figure=figure)]
 
 
 def _save(arrays: Mapping[str, np.ndarray], path: Path) -> None:

@@ -1,5 +1,6 @@
 """`pathline solve`."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ def solve(
     time_steps: Positive | None = None,
     base: Literal["auto", "path", "none"] | None = None,
     baseline: bool = True,
+    ppo: Positive | None = None,
 ) -> None:
     """Learn a feedback policy for a control problem.
 
@@ -55,6 +57,8 @@ def solve(
         helps (auto), always (path) or never (none).
     baseline
         Compare with an open-loop solution from the nominal start.
+    ppo
+        Compare with a policy that PPO trains, with so many evaluations of the dynamics.
     """
     if list_:
         summaries = {key: named.summary for key, named in PROBLEMS.items()}
@@ -72,10 +76,12 @@ def solve(
     open_run(run.out, resume=run.resume, overwrite=run.overwrite)
     if run.budget is not None or _begun(run):
         chosen.pop("max_steps", None)  # the budget or the checkpoint knows
+    if ppo is not None:
+        import_module("pathline.control.ppo")  # says what is missing before any work
     policy = solve_problem(problem, **chosen | _set(run.training()))
     if baseline and problem.noise is None:
         say("solving from the nominal start, for comparison; --no-baseline leaves it out")
-    metrics = finish_control(policy, run.out, baseline=baseline, seed=run.seed)
+    metrics = finish_control(policy, run.out, baseline=baseline, ppo=ppo, seed=run.seed)
     answer(metrics, run.json, _summary(run.out, metrics))
 
 
@@ -99,6 +105,8 @@ def _summary(folder: Path, metrics: dict[str, Any]) -> str:
             f"open loop {baseline['cost']:.6g} from the nominal start; the policy is "
             f"{baseline['suboptimality_percent']:+.2f} % against it"
         )
+    if metrics["ppo"] is not None:
+        lines.append(f"PPO {metrics['ppo']['best']:.6g} on average over held-out starts")
     made = ["model", "report.html", "metrics.json", "log.jsonl", "animation.gif"]
     shown = ", ".join(name for name in made if (folder / name).exists())
     return "\n".join([*lines, check["verdict"], f"wrote {folder}: {shown}"])
