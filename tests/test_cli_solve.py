@@ -241,3 +241,12 @@ def test_ppo_is_run_beside(tmp_path, capsys):
     assert race["own_evaluations"][-1] == 5 * 256 * (20 * 5 + 1)
     assert race["best"] == min(race["costs"]) > race["own_costs"][-1]
     assert "Reinforcement learning" in (out / "report.html").read_text()
+
+
+def test_export(run, capsys):
+    assert main(["export", str(run), "--to", "torch-export"]) == 0
+    assert "control.pt2" in capsys.readouterr().out
+    module = torch.export.load(run / "export" / "control.pt2").module()
+    z = torch.tensor([[-3.0, -3.0]])
+    torch.testing.assert_close(module(torch.tensor(0.0), z), pl.load(run).control(0.0, z).detach())
+    refused(capsys, ["export", str(run), "--to", "onnx"], "--to", "torch-export")

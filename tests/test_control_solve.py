@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import pathline as pl
+from hjb_grid import hill_value
 from pathline.control import Policy, Problem, ValueObjective, Weights, rollout, solve, transcribe
-from pathline.control.problems import Corridor, Hill, LinearQuadratic, Quadcopter, make
+from pathline.control.problems import Corridor, Hill, LinearQuadratic, Quadcopter, make, settings
 from pathline.errors import ArgumentError, ModelError, ShapeError
 from pathline.flows import OTFlow
 from pathline.integrate import graded
@@ -263,3 +264,13 @@ def test_corridor_is_passed_without_touching():
     path = found.simulate(steps=100)
     assert path.cost.item() < 63.1
     assert path.clearance.item() >= 0
+
+
+@pytest.mark.slow
+def test_hill_against_finite_differences():
+    """The value at starts of the problem, whose grid solution agrees with published ones."""
+    found = solve(make("hill"), **settings(make("hill")) | {"max_steps": 600}, progress=False)
+    (exact,) = hill_value([0.0], 0.1)
+    x = found.problem.initial(400, torch.Generator().manual_seed(8))
+    want = torch.from_numpy(exact.ev(*x.numpy().T))
+    assert (found.value(0.0, x) - want).norm() / want.norm() < 0.03

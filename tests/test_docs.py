@@ -32,6 +32,7 @@ COMMANDS = (
 FOREIGN = {
     *("--nproc-per-node", "--tables", "--figure", "--jax-python"),
     *("--method", "--data", "--summary", "--plot", "--check", "--parts", "--threads"),
+    "--samples",
 }
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -1,5 +1,6 @@
 """Solve a control problem: train a policy."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def solve(
     starts, judges = problem.initial(STARTS, generator), problem.initial(JUDGES, generator)
     judges[0] = problem.nominal()
     if policy is None:
+        if progress and base != "none" and not resume:
+            print("solving from the nominal start, to begin with", file=sys.stderr, flush=True)
         policy = _first_policy(problem, starts, judges, width, depth, steps, base, seed)
     objective = ValueObjective(policy, steps, weights)
     policy.run = fit(
@@ -119,7 +122,6 @@ def _first_policy(
     seed: int,
 ) -> Policy:
     """A policy with first weights: with the quadratic part if that is wanted, or better."""
-
     fine = (2 if problem.noise is None else 10) * steps  # noise stirs where the feedback is steep
 
     def make(known: QuadraticValue | None) -> Policy:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..problem import Problem
 
-MARGIN = 1.1  # of the radii in training, for which NeuralOC has 2.2 r in place of 2 r
-
 
 class Agents(Problem):
     """dz/dt = u for agents in the plane or in space: L = |u|^2 / 2 + Q(z) + W(z), G = weight
@@ -30,6 +28,7 @@ class Agents(Problem):
         radius: of an agent.
         terminal, interaction: weights.
         spread: standard deviation of starts.
+        margin: of the radii in training; NeuralOC has 1.1.
     """
 
     def __init__(
@@ -41,13 +40,14 @@ class Agents(Problem):
         terminal: float,
         interaction: float,
         spread: float = 1.0,
+        margin: float = 1.1,
     ) -> None:
         self.count, self.space = len(start), len(start[0])
         self.dim = self.count * self.space
         self.start = torch.tensor(start, dtype=torch.float64).flatten()
         self.target = torch.tensor(target, dtype=torch.float64).flatten()
         self.radius, self.terminal, self.interaction = radius, terminal, interaction
-        self.spread, self.margin = spread, MARGIN
+        self.spread, self.margin = spread, margin
         self.pairs = torch.triu_indices(self.count, self.count, 1)
 
     def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Corridor(Agents):
 
     def __init__(self) -> None:
         start, target = [(-2.0, -2.0), (2.0, -2.0)], [(2.0, 2.0), (-2.0, 2.0)]
-        super().__init__(start, target, 0.5, terminal=100.0, interaction=300.0)
+        super().__init__(start, target, 0.5, terminal=100.0, interaction=300.0, margin=1.2)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
         squared = (a[:, :, None] - a.new_tensor(self.hills)).square().sum(3)
