@@ -111,7 +111,7 @@ def test_a_wrong_gain_is_caught():
 
 
 def test_too_few_steps_are_caught():
-    found = check_policy(exact_policy(Resting(dim=2), steps=4))
+    found = check_policy(exact_policy(Resting(dim=2), steps=1))
     assert not found.passed
     assert "NOT resolved in time" in found.verdict
 

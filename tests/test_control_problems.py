@@ -182,7 +182,9 @@ def test_quadcopter_hovers():
     assert problem.dynamics(time(0.0), z, u).abs().max() == 0
 
 
-@pytest.mark.parametrize("problem", [Quadcopter(), Neuron(), Neuron(limit=1.5)], ids=str)
+@pytest.mark.parametrize(
+    "problem", [Quadcopter(), Neuron(), Neuron(limit=1.5)], ids=["quadcopter", "neuron", "limited"]
+)
 def test_feedback_minimises_the_hamiltonian(problem):
     z, p, t = draw(5, problem.dim), draw(5, problem.dim, scale=3.0, seed=1), time(0.4)
     u = problem.feedback(t, z, p)

@@ -71,24 +71,28 @@ def test_simulation_is_the_closed_loop(policy):
     x = policy.problem.initial(5, torch.Generator().manual_seed(1)).float()
     path = policy.simulate(x, steps=40)
     with torch.no_grad():
-        want = rollout(policy.problem, policy.potential, x, steps=40, density=False)
+        want = rollout(policy.problem, policy.potential, x, steps=policy.times(40), density=False)
     torch.testing.assert_close(path.states[-1], want.z)
     torch.testing.assert_close(path.running_cost, want.running_cost)
     torch.testing.assert_close(path.cost, path.running_cost + 50 * want.z.square().sum(1))
     assert path.controls.shape == (40, 5, 2) and path.times.shape == (41,)
     # The control of this problem is its velocity: the left Riemann sum of |u|^2 / 2.
-    left = 0.5 * path.controls.square().sum(2).mean(0)
+    lengths = path.times.diff()[:, None]
+    left = (0.5 * lengths * path.controls.square().sum(2)).sum(0)
     torch.testing.assert_close(left, path.running_cost, rtol=0.05, atol=0)
 
 
 def test_shocks_are_added_where_they_come(policy):
     shock = torch.tensor([0.7, -0.2])
-    calm, struck = policy.simulate(steps=20), policy.simulate(steps=20, shocks={0.5: shock})
-    torch.testing.assert_close(struck.states[:10], calm.states[:10])
-    torch.testing.assert_close(struck.states[10], calm.states[10] + shock)
+    calm, struck = policy.simulate(steps=20), policy.simulate(steps=20, shocks={0.52: shock})
+    times = policy.times(20)
+    n = 6  # (1 - 6 / 20)^2 = 0.49 is what remains then
+    assert times[n] == pytest.approx(0.51)
+    torch.testing.assert_close(struck.states[:n], calm.states[:n])
+    torch.testing.assert_close(struck.states[n], calm.states[n] + shock)
     # The feedback sees it: from there on the path is that of the shocked state.
     rest = rollout(
-        policy.problem, policy.potential, struck.states[10], steps=10, start=0.5, density=False
+        policy.problem, policy.potential, struck.states[n], steps=times[n:], density=False
     )
     torch.testing.assert_close(struck.states[-1], rest.z.detach())
 
@@ -202,7 +206,9 @@ def test_graded_steps_shorten_to_the_end():
     x = policy.problem.initial(20, torch.Generator().manual_seed(0))
 
     def end(steps):
-        path = rollout(policy.problem, policy.potential, x, steps=steps, grading=1.5, density=False)
+        path = rollout(
+            policy.problem, policy.potential, x, steps=graded(steps, 0.0, 1.0, 1.5), density=False
+        )
         return torch.stack([*path.z.unbind(1), path.running_cost]).detach()
 
     exact = end(1000)

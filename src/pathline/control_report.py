@@ -116,7 +116,9 @@ def _noisy(policy: Policy, count: int, seed: int) -> Simulation:
 
 def _baseline(policy: Policy, out: Path, seed: int) -> dict[str, Any] | None:
     """An open-loop solution from the nominal start, kept in the folder; None if none is found."""
-    problem, own = policy.problem, policy.simulate(steps=STEPS).controls[:, 0].double()
+    problem, path = policy.problem, policy.simulate()
+    middles = (torch.arange(STEPS) + 0.5) * (problem.horizon / STEPS)
+    own = path.controls[torch.searchsorted(path.times, middles.to(path.times)) - 1, 0].double()
     found = transcribe(problem, steps=STEPS, controls=own, seed=seed)
     if problem.evaluation() is not problem:  # whose costs may jump: from the optimum with margins
         problem = problem.evaluation()

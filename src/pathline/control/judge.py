@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calculus import gradient
 from ..errors import ShapeError
-from .rollout import Rollout, rollout
+from .rollout import Rollout, brownian, rollout
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -198,36 +198,29 @@ def _error(x: Tensor) -> float:
 
 def _both(policy: "Policy", x: Tensor, rng: np.random.Generator) -> tuple[_Paths, _Paths]:
     """Paths on the policy's time steps and on twice as many, driven by the same noise."""
-    problem, steps = policy.problem.evaluation(), policy.steps
-    fine = _increments(problem, 2 * steps, x, rng)
+    problem, times = policy.problem.evaluation(), policy.times(2 * policy.steps)
+    fine = brownian(problem, times, len(x), rng)
     coarse = None if fine is None else fine[::2] + fine[1::2]
-    return _follow(policy, problem, x, steps, coarse), _follow(policy, problem, x, 2 * steps, fine)
-
-
-def _increments(
-    problem: "Problem", steps: int, x: Tensor, rng: np.random.Generator
-) -> Tensor | None:
-    """Of the Brownian motion on equal time steps, None if there is no noise."""
-    if problem.noise is None:
-        return None
-    draws = rng.standard_normal((steps, len(x), problem.noise.shape[1]))
-    return torch.from_numpy(draws * (problem.horizon / steps) ** 0.5).to(x)
+    return (
+        _follow(policy, problem, x, times[::2], coarse),
+        _follow(policy, problem, x, times, fine),
+    )
 
 
 def _follow(
-    policy: "Policy", problem: "Problem", x: Tensor, steps: int, increments: Tensor | None
+    policy: "Policy", problem: "Problem", x: Tensor, times: Tensor, increments: Tensor | None
 ) -> _Paths:
-    path = _roll(policy, problem, x, steps, increments)
+    path = _roll(policy, problem, x, times, increments)
     assert path.running_cost is not None and path.trajectory is not None
     clearance = torch.stack([problem.clearance(z) for z in path.trajectory]).amin(0)
     return _Paths(path.running_cost + problem.terminal_cost(path.z), clearance, path.trajectory)
 
 
 def _roll(
-    policy: "Policy", problem: "Problem", x: Tensor, steps: int, increments: Tensor | None
+    policy: "Policy", problem: "Problem", x: Tensor, times: Tensor, increments: Tensor | None
 ) -> Rollout:
     return rollout(
-        problem, policy.potential, x, steps=steps, density=False, trajectory=True,
+        problem, policy.potential, x, steps=times, density=False, trajectory=True,
         increments=increments,
     )  # fmt: skip
 
@@ -235,9 +228,8 @@ def _roll(
 def _residuals(policy: "Policy", x: Tensor, rng: np.random.Generator) -> tuple[float, float]:
     """HJB residual and terminal error over the cost, of the problem that Phi was trained on, which
     may have margins."""
-    problem = policy.problem
-    increments = _increments(problem, 2 * policy.steps, x, rng)
-    path = _roll(policy, problem, x, 2 * policy.steps, increments)
+    problem, times = policy.problem, policy.times(2 * policy.steps)
+    path = _roll(policy, problem, x, times, brownian(problem, times, len(x), rng))
     assert path.running_cost is not None and path.hjb is not None
     G = problem.terminal_cost(path.z)
     cost = (path.running_cost + G).abs().mean().clamp_min(1e-12)
@@ -254,7 +246,7 @@ def _against_exact(policy: "Policy", states: Tensor) -> tuple[float | None, floa
     sums = np.zeros(4)
     for share in (0.0, 0.25, 0.5, 0.75):
         n = round(share * policy.steps)
-        t = torch.tensor(n * policy.problem.horizon / policy.steps, dtype=torch.float64)
+        t = policy.times()[n]
         with torch.enable_grad():
             z = states[n].double().requires_grad_(True)
             value = exact_value(t, z[:QUADRATURES])

@@ -14,7 +14,7 @@ from ..integrate import graded
 from ..train import Loss, Objective, Rows, step_generator
 from .policy import Policy
 from .problem import Problem
-from .rollout import Rollout, rollout
+from .rollout import Rollout, brownian, rollout
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,11 @@ class ValueObjective(Objective):
 
     def roll(self, x: Tensor, steps: int, draws: np.random.Generator) -> Rollout:
         """Paths of the closed loop from `x`, (batch, dim), with new noise if there is any."""
-        problem, increments = self.problem, None
-        if problem.noise is not None:
-            lengths = graded(steps, 0.0, problem.horizon, problem.grading).diff()
-            draws_of = draws.standard_normal((steps, len(x), problem.noise.shape[1]))
-            increments = torch.from_numpy(draws_of) * lengths.sqrt()[:, None, None]
+        problem = self.problem
+        times = graded(steps, 0.0, problem.horizon, problem.grading)
+        increments = brownian(problem, times, len(x), draws)
         return rollout(
-            problem, self.model.potential, x, steps=steps, grading=problem.grading, density=False,
+            problem, self.model.potential, x, steps=times, density=False,
             residual=self.weights.hjb > 0, increments=increments,
         )  # fmt: skip
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ModelError, ShapeError
+from ..integrate import graded
 from ..nets import Potential
 from .problem import Problem
 from .riccati import QuadraticValue
-from .rollout import rollout
+from .rollout import brownian, rollout
 from .value import ValueFunction
 
 if TYPE_CHECKING:
@@ -160,23 +161,27 @@ class Policy(nn.Module):
         problem = self.problem.evaluation()
         x0 = problem.nominal() if x0 is None else torch.as_tensor(x0)
         _, z = self._at(0.0, x0)
-        count, T = self.steps if steps is None else steps, problem.horizon
-        increments = self._increments(problem, noise_seed, count, len(z))
-        marks = self._marks(shocks or {}, count, z)
+        times = self.times(steps)
+        count = len(times) - 1
+        if noise_seed is not None and problem.noise is None:
+            raise ArgumentError(f"`noise_seed` is for problems with noise; {problem.name} has none")
+        increments = None
+        if noise_seed is not None:
+            increments = brownian(problem, times, len(z), np.random.default_rng(noise_seed))
+        marks = self._marks(shocks or {}, times, z)
         edges = sorted({0, count, *marks})
         states, running = [], torch.zeros(len(z)).to(z)
         for first, last in pairwise(edges):
             z = z + marks.get(first, 0.0)
             leg = rollout(
-                problem, self.potential, z, steps=last - first, start=first * T / count,
-                stop=last * T / count, density=False, trajectory=True,
+                problem, self.potential, z, steps=times[first : last + 1], density=False,
+                trajectory=True,
                 increments=None if increments is None else increments[first:last],
             )  # fmt: skip
             assert leg.trajectory is not None and leg.running_cost is not None
             running, z = running + leg.running_cost, leg.z
             states.append(leg.trajectory[:-1])
         path = torch.cat([*states, z[None] + marks.get(count, 0.0)])
-        times = torch.arange(count + 1, dtype=torch.float64) * (T / count)
         controls = [self.control(t, y) for t, y in zip(times[:-1], path[:-1], strict=True)]
         clearance = torch.stack([problem.clearance(y) for y in path]).amin(0)
         return Simulation(
@@ -200,18 +205,12 @@ class Policy(nn.Module):
 
         return check_policy(self, starts, seed)
 
-    def _increments(
-        self, problem: Problem, seed: int | None, steps: int, batch: int
-    ) -> Tensor | None:
-        if seed is None:
-            return None
-        if problem.noise is None:
-            raise ArgumentError(f"`noise_seed` is for problems with noise; {problem.name} has none")
-        shape = (steps, batch, problem.noise.shape[1])
-        draws = np.random.default_rng(seed).standard_normal(shape)
-        return torch.from_numpy(draws * (problem.horizon / steps) ** 0.5).to(self.like)
+    def times(self, steps: int | None = None) -> Tensor:
+        """Of simulations with so many steps, (steps + 1,), as close at the end as in training."""
+        count = self.steps if steps is None else steps
+        return graded(count, 0.0, self.problem.horizon, self.problem.grading)
 
-    def _marks(self, shocks: dict[float, Any], steps: int, z: Tensor) -> dict[int, Tensor]:
+    def _marks(self, shocks: dict[float, Any], times: Tensor, z: Tensor) -> dict[int, Tensor]:
         """Shocks by the step before which they come."""
         marks: dict[int, Tensor] = {}
         for time, shock in shocks.items():
@@ -225,7 +224,7 @@ class Policy(nn.Module):
                     f"a shock must be ({self.problem.dim},) or {tuple(z.shape)}, got "
                     f"{tuple(kick.shape)}"
                 )
-            n = round(time / self.problem.horizon * steps)
+            n = int((times - time).abs().argmin())
             marks[n] = marks.get(n, 0.0) + kick
         return marks
 

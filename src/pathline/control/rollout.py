@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import native
 from ..errors import ArgumentError, ShapeError
-from ..integrate import graded, march
+from ..integrate import march, time_nodes
 from ..native import Adjoint
 from ..nets import AutodiffPotential, Derivatives, Potential
 from .problem import Problem
@@ -39,11 +40,10 @@ def rollout(
     potential: Value,
     x: Tensor,
     *,
-    steps: int,
+    steps: int | Tensor,
     context: Tensor | None = None,
     start: float = 0.0,
     stop: float | None = None,
-    grading: float = 1.0,
     integrals: bool = True,
     density: bool = True,
     residual: bool = True,
@@ -64,10 +64,10 @@ def rollout(
         problem: its dynamics, costs and feedback.
         potential: Phi.
         x: states at time `start`, (batch, dim).
-        steps: number of time steps.
+        steps: number of equal time steps, or all times, (steps + 1,), in double precision.
         context: passed on to the potential.
-        start, stop: times; `stop` defaults to the problem's horizon and may lie before `start`.
-        grading: 1 for equal time steps; larger where they should shorten towards the end.
+        start, stop: times of equal steps; `stop` defaults to the problem's horizon and may lie
+            before `start`.
         integrals: integrate running cost, log-determinant and HJB residual.
         density: integrate the log-determinant, too.
         residual: with increments, integrate the HJB residual, for which the Laplacian is needed.
@@ -89,7 +89,7 @@ def rollout(
     stop = problem.horizon if stop is None else stop
     if increments is not None:
         return diffuse(
-            problem, potential, x, increments, graded(steps, start, stop, grading),
+            problem, potential, x, increments, time_nodes(steps, start, stop),
             integrals=integrals, residual=residual, trajectory=trajectory,
         )  # fmt: skip
     plain = partial(
@@ -98,14 +98,13 @@ def rollout(
         steps=steps,
         start=start,
         stop=stop,
-        grading=grading,
         integrals=integrals,
         density=density,
         probe=probe,
     )
     if (
         density
-        and grading == 1
+        and isinstance(steps, int)
         and not trajectory
         and kernel_serves(potential, problem, x, context, trace_dtype)
     ):
@@ -145,10 +144,9 @@ def _march(
     x: Tensor,
     context: Tensor | None,
     *,
-    steps: int,
+    steps: int | Tensor,
     start: float,
     stop: float,
-    grading: float,
     integrals: bool,
     density: bool,
     probe: Tensor | None,
@@ -184,11 +182,21 @@ def _march(
         steps=steps,
         start=start,
         stop=stop,
-        grading=grading,
         quadrature=integrals,
         trajectory=trajectory,
     )
     return Rollout(path.z, **path.integrals, trajectory=path.zs)
+
+
+def brownian(
+    problem: Problem, times: Tensor, batch: int, draws: np.random.Generator
+) -> Tensor | None:
+    """Increments between `times` of the Brownian motion of a problem, (steps, batch, noise_dim), in
+    double precision; None without noise."""
+    if problem.noise is None:
+        return None
+    normal = draws.standard_normal((len(times) - 1, batch, problem.noise.shape[1]))
+    return torch.from_numpy(normal) * times.diff().sqrt()[:, None, None]
 
 
 def hjb_residual(phi: Derivatives, running_cost: Tensor, dz: Tensor, *, noisy: bool) -> Tensor:

@@ -5,6 +5,7 @@ from .imex import Split as Split
 from .march import March as March
 from .march import graded as graded
 from .march import march as march
+from .march import time_nodes as time_nodes
 from .methods import METHODS as METHODS
 from .odeint import odeint as odeint
 from .odeint import odeint_adjoint as odeint_adjoint
@@ -40,4 +41,5 @@ __all__ = [
     "odeint",
     "odeint_adjoint",
     "sdeint",
+    "time_nodes",
 ]

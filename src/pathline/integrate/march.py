@@ -30,10 +30,9 @@ def march(
     field: RatedField,
     z0: Tensor,
     *,
-    steps: int,
+    steps: int | Tensor,
     start: float = 0.0,
     stop: float = 1.0,
-    grading: float = 1.0,
     method: Tableau = RK4,
     quadrature: bool = False,
     trajectory: bool = False,
@@ -48,9 +47,9 @@ def march(
             `rates` is a dict of (batch,) integrands at (t, z), which enter the integrals with
             the factor `weight`; where `weight` is None they are not used.
         z0: (batch, dim).
-        steps: number of steps, at least one.
-        start, stop: times; `stop` may lie before `start`.
-        grading: of the steps; see `graded`.
+        steps: number of equal steps, at least one; or all times, (steps + 1,), such as `graded`
+            gives.
+        start, stop: times of equal steps; `stop` may lie before `start`.
         method: the Runge-Kutta method that moves z.
         quadrature: integrate the rates.
         trajectory: keep every z_n.
@@ -58,9 +57,8 @@ def march(
     Raises:
         ArgumentError: `steps` is less than one.
     """
-    if steps < 1:
-        raise ArgumentError(f"`steps` must be at least 1, got {steps}")
-    nodes = graded(steps, start, stop, grading)
+    nodes = time_nodes(steps, start, stop)
+    steps = len(nodes) - 1
     names: list[str] = []
 
     def at(t: Tensor, z: Tensor, _: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -84,6 +82,21 @@ def march(
             zs.append(state.z)
     integrals = dict(zip(names, state.sums, strict=True))
     return March(state.z, integrals, torch.stack(zs) if trajectory else None)
+
+
+def time_nodes(steps: int | Tensor, start: float, stop: float) -> Tensor:
+    """The times of so many equal steps, or `steps` itself, in double precision.
+
+    Raises:
+        ArgumentError: there is not one step.
+    """
+    if isinstance(steps, Tensor):
+        if steps.ndim != 1 or len(steps) < 2:
+            raise ArgumentError(f"`steps` must be times (steps + 1,), got {tuple(steps.shape)}")
+        return steps.double().cpu()
+    if steps < 1:
+        raise ArgumentError(f"`steps` must be at least 1, got {steps}")
+    return graded(steps, start, stop)
 
 
 def graded(steps: int, start: float, stop: float, grading: float = 1.0) -> Tensor:

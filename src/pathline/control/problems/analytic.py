@@ -45,6 +45,7 @@ class LinearQuadratic(Problem):
         return -p
 
     def exact_value(self, t: Tensor, z: Tensor) -> Tensor:
+        """Phi(t, z), (batch,), by the Riccati equation."""
         s = 1 + 2 * self.terminal * (self.horizon - t)
         constant = self.variance * self.dim / 2 * torch.as_tensor(s).log()
         return self.terminal / s * z.square().sum(1) + constant
@@ -91,6 +92,7 @@ class LogBenchmark(Problem):
         return -p
 
     def exact_value(self, t: Tensor, z: Tensor) -> Tensor:
+        """Phi(t, z), (batch,), by quadrature."""
         rest = self.horizon - float(t)
         distances = (z - self.target).norm(dim=1).double().tolist()
         values = [self._at_distance(rest, distance) for distance in distances]
