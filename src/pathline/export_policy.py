@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .control import Policy
+from .control import Policy, Problem
 from .errors import ArgumentError, ModelError
 from .export import TOLERANCE
 from .train.files import write_atomically, write_json
@@ -51,11 +51,16 @@ def export_policy(policy: Policy, folder: str | Path) -> dict[str, Any]:
 
     Raises:
         ArgumentError: not a policy.
-        ModelError: the feedback can't be traced, such as a minimisation by iterations; or the
-            exported control differs by more than `TOLERANCE`.
+        ModelError: the feedback is no formula, or can't be traced; or the exported control differs
+            by more than `TOLERANCE`.
     """
     if not isinstance(policy, Policy):
         raise ArgumentError(f"`policy` must be a Policy, got {type(policy).__name__}")
+    if type(policy.problem).feedback is Problem.feedback:
+        raise ModelError(
+            f"the feedback of {policy.problem.name} is a minimisation, whose iterations no graph "
+            "holds; write `feedback` as a formula"
+        )
     fixed = _Control(copy.deepcopy(policy).cpu().eval().requires_grad_(False))
     generator = torch.Generator().manual_seed(0)
     z = policy.problem.initial(ROWS, generator).to(fixed.policy.like)

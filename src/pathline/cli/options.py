@@ -31,7 +31,7 @@ class RunOptions:
     seed: Seed = 0
     "Seed of everything random."
     max_steps: Positive | None = None
-    "Training steps; chosen from the number of rows by default."
+    "Training steps; chosen by default from the number of rows, or for the problem."
     budget: Seconds | None = None
     "Seconds for the whole training, turned into a number of steps after a timed warm-up."
     resume: Flag = False

@@ -80,7 +80,9 @@ PROBLEMS: dict[str, Named] = {
         Quadcopter,
         "a quadcopter flies to a point and stops, 12 dimensions, with noise if asked for",
         frozenset({"noise"}),
-        {"width": 64, "steps": 26, "max_steps": 500, "batch_size": 128},
+        # The quadratic part is within 0.2 % of the optimum; at high rates a network would learn
+        # to cheat the time steps instead.
+        {"width": 64, "steps": 40, "max_steps": 100, "batch_size": 128, "learning_rate": 0.001},
     ),
     "neuron": Named(
         Neuron,

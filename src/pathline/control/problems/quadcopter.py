@@ -25,7 +25,7 @@ class Quadcopter(Problem):
     dim = 12
     start = (-1.5, -1.5, -1.5, *[0.0] * 9)
     target = (2.0, 2.0, 2.0, *[0.0] * 9)
-    terminal, mass, grading = 5000.0, 1.0, 2.0
+    terminal, mass, grading = 5000.0, 1.0, 1.5
 
     def __init__(self, noise: float = 0.0) -> None:
         self.noise = noise * torch.eye(12, dtype=torch.float64) if noise else None
