@@ -170,7 +170,7 @@ def _program(flow: Flow, function: _Function) -> torch.export.ExportedProgram:
 
     looped.move = move  # type: ignore[method-assign]
     inputs = _example(flow, 7)
-    with _quietly():
+    with quietly():
         graph = _traced(getattr(looped, function.method), inputs)
         for node, name in zip(
             graph.graph.find_nodes(op="placeholder"), (function.input, "context"), strict=False
@@ -313,7 +313,7 @@ def _traced(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> fx.Grap
 
 def _torch_export(program: torch.export.ExportedProgram, function: _Function) -> tuple[bytes, Run]:
     buffer = io.BytesIO()
-    with _quietly():
+    with quietly():
         torch.export.save(program, buffer)
         buffer.seek(0)
         module = torch.export.load(buffer).module()
@@ -323,7 +323,7 @@ def _torch_export(program: torch.export.ExportedProgram, function: _Function) ->
 def _onnx(program: torch.export.ExportedProgram, function: _Function) -> tuple[bytes, Run]:
     import onnxruntime
 
-    with _quietly():
+    with quietly():
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -348,10 +348,11 @@ def _onnx(program: torch.export.ExportedProgram, function: _Function) -> tuple[b
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporters' remarks about themselves."""
+def quietly() -> Iterator[None]:
+    """Without the exporters' remarks about themselves, and what they leave behind: they switch the
+    checks of torch.distributions off."""
     logger = logging.getLogger("torch.onnx")
-    before = logger.level
+    before, checks = logger.level, torch.distributions.Distribution._validate_args
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -359,6 +360,7 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+        torch.distributions.Distribution.set_default_validate_args(checks)
 
 
 @torch.no_grad()

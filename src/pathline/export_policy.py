@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import __version__
 from .control import Policy, Problem
 from .errors import ArgumentError, ModelError
-from .export import TOLERANCE
+from .export import TOLERANCE, quietly
 from .train.files import write_atomically, write_json
 
 __all__ = ["export_policy"]
@@ -65,7 +65,7 @@ def export_policy(policy: Policy, folder: str | Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     z = policy.problem.initial(ROWS, generator).to(fixed.policy.like)
     t = torch.tensor(0.3 * policy.problem.horizon).to(z)
-    with torch.no_grad():
+    with torch.no_grad(), quietly():
         try:
             program = torch.export.export(
                 fixed, (t, z[:7]), dynamic_shapes=(None, {0: torch.export.Dim("batch")})
