@@ -120,7 +120,8 @@ def test_the_hjb_equation_holds(noisy):
     z = problem.initial(20, torch.Generator().manual_seed(0))
     for t in (0.0, 0.3, 0.77, 1.2, 1.49):
         scale = derivatives(value, problem, t, z).dt.abs().mean()
-        assert hjb(value, problem, t, z).abs().max() < 1e-4 * scale
+        # Coefficients are linear between 400 nodes, which the moving reference feels.
+        assert hjb(value, problem, t, z).abs().max() < 5e-4 * scale
 
 
 def test_the_reference_does_not_matter_for_a_linear_quadratic_problem():
