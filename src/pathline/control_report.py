@@ -148,9 +148,9 @@ def _reinforced(policy: Policy, out: Path, evaluations: int, seed: int) -> dict[
     """Mean costs on held-out starts against evaluations of the dynamics: of PPO, and of the run."""
     from .control.ppo import solve_evaluations, train_ppo
 
-    problem, steps = policy.problem, read_json(out / "config.json")["choices"]["time_steps"]
+    problem, config = policy.problem, read_json(out / "config.json")
+    steps, batch = config["choices"]["time_steps"], config["settings"]["batch_size"]
     found = train_ppo(problem, evaluations=evaluations, seed=seed)
-    batch = read_json(out / "config.json")["settings"]["batch_size"]
     lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
     own = [

@@ -44,8 +44,8 @@ __all__ = [
 class Named:
     """A problem that commands know by its name.
 
-    `make(**options)` builds it; `settings` are arguments of `control.solve` that suit it, and
-    `steps` of training that fit two CPU cores in minutes.
+    `make(**options)` builds it; `settings` are arguments of `control.solve` that suit it on two
+    CPU cores.
     """
 
     make: Callable[..., Problem]

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from .particle import Particle
 
 
-class Agents(Problem):
+class Agents(Particle):
     """dz/dt = u for agents in the plane or in space: L = |u|^2 / 2 + Q(z) + W(z), G = weight
     |z - target|^2 / 2.
 
@@ -50,9 +50,6 @@ class Agents(Problem):
         self.spread, self.margin = spread, margin
         self.pairs = torch.triu_indices(self.count, self.count, 1)
 
-    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        return u
-
     def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         scaled = self.squared_distances(z) / (2 * self.radius**2)
         W = self.bump(scaled, 2 * self.margin**2).sum(1)
@@ -62,9 +59,6 @@ class Agents(Problem):
 
     def terminal_cost(self, z: Tensor) -> Tensor:
         return 0.5 * self.terminal * (z - self.target.to(z)).square().sum(1)
-
-    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        return -p
 
     def bump(self, x: Tensor, edge: float) -> Tensor:
         """e^-x for x below the edge; in training less its value there."""

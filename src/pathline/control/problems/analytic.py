@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..problem import Problem
+from .particle import Particle
 
 
-class LinearQuadratic(Problem):
+class LinearQuadratic(Particle):
     """f = u, L = |u|^2 / 2, G = 50 |z|^2.
 
     Phi = 50 / s |z|^2 + noise^2 dim / 2 log s with s = 1 + 100 (horizon - t), from the Riccati
@@ -32,17 +33,11 @@ class LinearQuadratic(Problem):
         self.variance = noise**2
         self.start = (-3.0,) * dim
 
-    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        return u
-
     def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         return 0.5 * u.square().sum(1)
 
     def terminal_cost(self, z: Tensor) -> Tensor:
         return self.terminal * z.square().sum(1)
-
-    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        return -p
 
     def exact_value(self, t: Tensor, z: Tensor) -> Tensor:
         """Phi(t, z), (batch,), by the Riccati equation."""

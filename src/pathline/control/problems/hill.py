@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from .particle import Particle
 
 
-class Hill(Problem):
+class Hill(Particle):
     """f = u, L = |u|^2 / 2 + 50 N(z; 0, 0.4 I), G = 50 |z - (1.5, 1.5)|^2 in the plane, with noise
     sigma = [[0.2, -0.4], [-0.4, 0.2]] and starts N((-1.5, -1.5), I).
 
@@ -24,9 +24,6 @@ class Hill(Problem):
     def __init__(self) -> None:
         self.noise = torch.tensor([[0.2, -0.4], [-0.4, 0.2]], dtype=torch.float64)
 
-    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        return u
-
     def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         peak = self.height / (2 * math.pi * self.variance)
         hill = peak * torch.exp(-z.square().sum(1) / (2 * self.variance))
@@ -34,6 +31,3 @@ class Hill(Problem):
 
     def terminal_cost(self, z: Tensor) -> Tensor:
         return self.terminal * (z - z.new_tensor(self.target)).square().sum(1)
-
-    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        return -p
