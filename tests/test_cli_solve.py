@@ -250,3 +250,10 @@ def test_export(run, capsys):
     z = torch.tensor([[-3.0, -3.0]])
     torch.testing.assert_close(module(torch.tensor(0.0), z), pl.load(run).control(0.0, z).detach())
     refused(capsys, ["export", str(run), "--to", "onnx"], "--to", "torch-export")
+
+
+def test_reproduce(tmp_path, capsys):
+    arguments = ["reproduce", "lqr", "--max-steps", "3", "--out", str(tmp_path / "run"), "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured"] == found["check"]["value_error"] < 0.01

@@ -219,15 +219,16 @@ def test_derivatives_against_differences(bounds):
     )
 
 
+class Learned(Scalar):
+    def __init__(self):
+        super().__init__(None)
+        self.weight = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def running_cost(self, t, z, u):
+        return 0.5 * self.weight * u.square().sum(1)
+
+
 def test_the_derivative_reaches_parameters_of_the_problem():
-    class Learned(Scalar):
-        def __init__(self):
-            super().__init__(None)
-            self.weight = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-
-        def running_cost(self, t, z, u):
-            return 0.5 * self.weight * u.square().sum(1)
-
     problem = Learned()
     p = torch.tensor([[2.0], [-1.0]], dtype=torch.float64, requires_grad=True)
     u = minimise_controls(problem, T0, torch.zeros_like(p), p)  # -p / weight
@@ -237,14 +238,6 @@ def test_the_derivative_reaches_parameters_of_the_problem():
 
 
 def test_parameters_get_their_derivative_where_states_need_none():
-    class Learned(Scalar):
-        def __init__(self):
-            super().__init__(None)
-            self.weight = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-
-        def running_cost(self, t, z, u):
-            return 0.5 * self.weight * u.square().sum(1)
-
     problem = Learned()
     p = torch.tensor([[2.0]], dtype=torch.float64)
     u = minimise_controls(problem, T0, torch.zeros_like(p), p)

@@ -31,7 +31,7 @@ NEURONS = (
 HILL = {(-1.5, -1.5): 14.60, (-2.0, -1.0): 13.50, (-1.0, -2.0): 13.50, (-2.5, -2.5): 20.75}
 FULL = 5  # times the training steps of size small
 NOISE, FLIGHTS = 0.2, 500  # of the quadcopter
-SHOCKS = (0.0, 0.1, 0.2, 0.4)  # of its velocity, in m/s times sqrt(3), at a third of the time
+SHOCKS = (0.0, 0.1, 0.2, 0.4)  # of each velocity, in m/s, at a third of the time
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,10 @@ FIGURES = {
 }  # fmt: skip
 
 
-def run(
-    name: str,
-    arguments: RunArguments,
-    size: str,
-    options: Mapping[str, Any] | None = None,
-) -> Outcome:
+def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     """Solve the problem `name` and compare its figure; size full trains five times as long."""
     figure = FIGURES[name]
-    policy, metrics = _solve(name, arguments, size, dict(options or {}))
+    policy, metrics = _solve(name, arguments, size)
     measured = figure.measure(policy, metrics)
     text = f"{figure.label}: {measured:.6g}\n{metrics['check']['verdict']}"
     if metrics["baseline"] is not None:
@@ -105,7 +100,7 @@ def run(
 
 
 def _solve(
-    name: str, arguments: RunArguments, size: str, options: dict[str, Any]
+    name: str, arguments: RunArguments, size: str, **options: Any
 ) -> tuple[Policy, dict[str, Any]]:
     problem = make(name, **options)
     chosen = settings(problem)
@@ -135,7 +130,7 @@ def run_robustness(arguments: RunArguments, size: str) -> Outcome:
     for label, options in (("without noise", {}), ("with noise", {"noise": NOISE})):
         part = arguments.out / "checkpoint" / label.replace(" ", "-")
         own = RunArguments(part, arguments.seed, arguments.max_steps, None, True)
-        policies[label], _ = _solve("quadcopter", own, size, options)
+        policies[label], _ = _solve("quadcopter", own, size, **options)
     noisy = policies["with noise"].problem
     x = noisy.nominal().expand(FLIGHTS, -1)
     table: list[list[str]] = [["trained", "mean cost in noise", "sd of the mean", "worst"]]
