@@ -65,7 +65,7 @@ def hjb_residual(value, problem, t, z, step=1e-3):
 
 def test_agents_that_are_alone_go_straight():
     start, target = [(-2.0, 0.0), (1.0, 3.0)], [(2.0, 1.0), (0.0, -3.0)]
-    problem = Agents(start, target, 0.5, terminal=7.0, interaction=0.0)
+    problem = Agents(start, target, 0.5, terminal=7.0, repulsion=0.0)
     found = transcribe(problem, steps=4, guesses=0)
     way = np.square(np.subtract(target, start)).sum()
     assert found.cost == pytest.approx(0.5 * way * 7 / (1 + 7), rel=1e-9)
@@ -99,7 +99,7 @@ def test_clearance_and_costs_of_agents_by_brute_force(problem):
         # Some positions within the blocks, and agents far apart enough to look past each other.
         z[:10] = draw(10, problem.dim, scale=1.5, seed=1) + z.new_tensor([1.0, 0.0, 5.0]).repeat(50)
         z[10:] += problem.start
-    r, strength = problem.radius, problem.interaction
+    r, strength = problem.radius, problem.repulsion
     clearance, cost = [], []
     for row in z.numpy().reshape(30, problem.count, problem.space):
         distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(row, 2)]

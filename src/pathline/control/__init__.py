@@ -2,6 +2,7 @@
 
 from ..native import Adjoint as Adjoint
 from .check import ProblemCheck as ProblemCheck
+from .interaction import Interaction as Interaction
 from .judge import PolicyCheck as PolicyCheck
 from .minimise import minimise_controls as minimise_controls
 from .objective import ValueObjective as ValueObjective
@@ -20,6 +21,7 @@ from .value import ValueFunction as ValueFunction
 
 __all__ = [
     "Adjoint",
+    "Interaction",
     "OpenLoop",
     "Policy",
     "PolicyCheck",

@@ -112,12 +112,15 @@ class ValueObjective(Objective):
             slope = gradient(G, z)
         phi = potential.bind()(path.z, end, dt=False, laplacian=False)
         assert phi.value is not None and phi.grad is not None
-        cost = path.running_cost + G
-        terms = {
-            "cost": cost,
-            "terminal": (phi.value - G).abs(),
-            "terminal_gradient": (phi.grad - slope).abs().sum(1),
-        }
+        cost, target = path.running_cost + G, G
+        terms = {"terminal_gradient": (phi.grad - slope).abs().sum(1)}
+        if problem.interaction is not None:
+            assert path.log_det is not None
+            log_density = problem.interaction.initial_log_density(x) - path.log_det
+            share, variation = problem.interaction.terminal(path.z, log_density)
+            cost, target = cost + share, G + variation
+            del terms["terminal_gradient"]  # it has the gradient of the density
+        terms |= {"cost": cost, "terminal": (phi.value - target).abs()}
         if path.hjb is not None:
             terms["hjb"] = path.hjb
         if path.bsde is not None:

@@ -171,23 +171,28 @@ class Policy(nn.Module):
         marks = self._marks(shocks or {}, times, z)
         edges = sorted({0, count, *marks})
         states, running = [], torch.zeros(len(z)).to(z)
+        log_density = None
+        if problem.interaction is not None:
+            log_density = problem.interaction.initial_log_density(z)
         for first, last in pairwise(edges):
             z = z + marks.get(first, 0.0)
             leg = rollout(
                 problem, self.potential, z, steps=times[first : last + 1], density=False,
-                trajectory=True,
+                trajectory=True, log_density=log_density,
                 increments=None if increments is None else increments[first:last],
             )  # fmt: skip
             assert leg.trajectory is not None and leg.running_cost is not None
             running, z = running + leg.running_cost, leg.z
+            if log_density is not None and leg.log_det is not None:
+                log_density = log_density - leg.log_det
             states.append(leg.trajectory[:-1])
         path = torch.cat([*states, z[None] + marks.get(count, 0.0)])
         controls = [self.control(t, y) for t, y in zip(times[:-1], path[:-1], strict=True)]
         clearance = torch.stack([problem.clearance(y) for y in path]).amin(0)
-        return Simulation(
-            times.to(z), path, torch.stack(controls), running, problem.terminal_cost(path[-1]),
-            clearance,
-        )  # fmt: skip
+        terminal = problem.terminal_cost(path[-1])
+        if problem.interaction is not None and log_density is not None:
+            terminal = terminal + problem.interaction.terminal(path[-1], log_density)[0]
+        return Simulation(times.to(z), path, torch.stack(controls), running, terminal, clearance)
 
     def check(self, starts: Tensor | None = None, *, seed: int = 0) -> "PolicyCheck":
         """Whether the policy can be trusted: costs on held-out starts and on a finer time grid,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,11 @@ from .. import calculus
 from ..errors import ArgumentError
 from ..nets import Derivatives
 from .check import ProblemCheck, check_problem
+from .interaction import Interaction
 from .minimise import minimise_controls
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 Limit = float | Sequence[float] | Tensor
 
@@ -37,6 +41,7 @@ class Problem:
         control_bounds: lower and upper limits of the control, numbers or (control_dim,), infinite
             where there is none; None if it is free. A `feedback` of your own must respect them.
         noise: sigma, (dim, noise_dim); None if the dynamics are deterministic.
+        interaction: costs that see the density of the population; None if there are none.
         grading: of the time steps in training: 2 lets them shorten towards the end, where a steep
             terminal cost asks for it; 1 for equal steps.
         name: of the problem, in reports.
@@ -51,6 +56,7 @@ class Problem:
     spread: float | Sequence[float] | Tensor = 1.0
     control_bounds: tuple[Limit, Limit] | None = None
     noise: Tensor | None = None
+    interaction: Interaction | None = None
     grading: float = 1.0
     made: dict[str, Any] | None = None
     is_transport = False  # f = u, L = |u|^2 / 2 and G = |z|^2 / 2 + constant; not inherited
@@ -145,6 +151,12 @@ class Problem:
             A `ProblemCheck`, which says in words what is wrong.
         """
         return check_problem(self, seed)
+
+    def policy(self, width: int = 32, depth: int = 2, **arguments: Any) -> "Policy":
+        """A new policy for this problem, as `control.solve` trains it; see `Policy`."""
+        from .policy import Policy  # which follows a problem
+
+        return Policy(self, width, depth, **arguments)
 
     def divergence(
         self, t: Tensor, z: Tensor, phi: Derivatives, velocity: Callable[[Tensor], Tensor]

@@ -13,6 +13,7 @@ from ..errors import ArgumentError, ShapeError
 from ..integrate import march, time_nodes
 from ..native import Adjoint
 from ..nets import AutodiffPotential, Derivatives, Potential
+from .interaction import Tally
 from .problem import Problem
 from .riccati import QuadraticValue
 from .value import ValueFunction
@@ -49,6 +50,7 @@ def rollout(
     residual: bool = True,
     trajectory: bool = False,
     increments: Tensor | None = None,
+    log_density: Tensor | None = None,
     adjoint: Adjoint | None = None,
     probe: Tensor | None = None,
     trace_dtype: torch.dtype | None = None,
@@ -74,6 +76,9 @@ def rollout(
         trajectory: keep the states at all steps.
         increments: of the Brownian motion of a problem with noise, (steps, batch, noise_dim). A
             log-determinant is not to be had then; the BSDE residual is.
+        log_density: of the population at `x`, (batch,), for a problem with `interaction`; by
+            default that of its start. Running costs then contain the shares of the interaction,
+            and the HJB residual its first variation.
         adjoint: the gradient that the loss will have with respect to the results, where it is
             known up to a factor. The backward pass is cheaper then, raises an `ArgumentError` if
             the gradient is another one, and can't be differentiated.
@@ -102,6 +107,12 @@ def rollout(
         density=density,
         probe=probe,
     )
+    if problem.interaction is not None and integrals:
+        if log_density is None:
+            log_density = problem.interaction.initial_log_density(x)
+        return plain(
+            potential, x, context, density=True, trajectory=trajectory, log_density=log_density
+        )
     if (
         density
         and isinstance(steps, int)
@@ -153,10 +164,15 @@ def _march(
     trajectory: bool = False,
     log_det_adjoint: Tensor | None = None,
     trace_dtype: torch.dtype | None = None,
+    log_density: Tensor | None = None,
 ) -> Rollout:
     noise = None if problem.noise is None else problem.noise.to(x)
     derivatives = potential.bind(probe, trace_dtype, noise)
     trace = density or noise is not None
+    tally = None
+    if log_density is not None and problem.interaction is not None:
+        lengths = time_nodes(steps, start, stop).diff().tolist()
+        tally = Tally(problem.interaction, log_density, lengths)
 
     def field(t: Tensor, z: Tensor, weight: float | None) -> tuple[Tensor, dict[str, Tensor]]:
         node = weight is not None
@@ -174,6 +190,8 @@ def _march(
         rates = {"running_cost": running_cost, "hjb": residual.abs()}
         if density:
             rates["log_det"] = problem.divergence(t, z, phi, lambda y: field(t, y, None)[0])
+        if tally is not None and weight is not None:
+            tally.note(z, weight, residual, rates["log_det"])
         return dz, rates
 
     path = march(
@@ -185,6 +203,10 @@ def _march(
         quadrature=integrals,
         trajectory=trajectory,
     )
+    if tally is not None:
+        shares, residuals = tally.count()
+        path.integrals["running_cost"] = path.integrals["running_cost"] + shares
+        path.integrals["hjb"] = residuals
     return Rollout(path.z, **path.integrals, trajectory=path.zs)
 
 

@@ -127,13 +127,13 @@ def _first_policy(
     def make(known: QuadraticValue | None) -> Policy:
         generator = torch.Generator().manual_seed(seed)
         nodes = 0 if known is None else known.nodes
-        policy = Policy(problem, width, depth, steps=fine, nodes=nodes, generator=generator)
+        policy = problem.policy(width, depth, steps=fine, nodes=nodes, generator=generator)
         if known is not None and policy.potential.base is not None:
             policy.potential.base.load_state_dict(known.state_dict())
         policy.potential.initialise(starts[:1000].to(policy.like), generator)
         return policy
 
-    if base == "none":
+    if base == "none" or problem.interaction is not None:
         return make(None)
     try:
         policy = make(_quadratic_part(problem, steps, seed))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .particle import Particle
 
@@ -18,7 +18,7 @@ class Agents(Particle):
     """dz/dt = u for agents in the plane or in space: L = |u|^2 / 2 + Q(z) + W(z), G = weight
     |z - target|^2 / 2.
 
-    W = sum over pairs of agents that touch, D < 2 radius, of `interaction`
+    W = sum over pairs of agents that touch, D < 2 radius, of `repulsion`
     exp(-D^2 / (2 radius^2)). In training radii are larger by `margin`, which keeps agents further
     apart than they must be, and W begins at zero, as a descent does not see a jump; `evaluation`
     is without both.
@@ -26,7 +26,7 @@ class Agents(Particle):
     Args:
         start, target: positions of all agents, (agents, space).
         radius: of an agent.
-        terminal, interaction: weights.
+        terminal, repulsion: weights.
         spread: standard deviation of starts.
         margin: of the radii in training; NeuralOC has 1.1.
     """
@@ -38,7 +38,7 @@ class Agents(Particle):
         radius: float,
         *,
         terminal: float,
-        interaction: float,
+        repulsion: float,
         spread: float = 1.0,
         margin: float = 1.1,
     ) -> None:
@@ -46,16 +46,23 @@ class Agents(Particle):
         self.dim = self.count * self.space
         self.start = torch.tensor(start, dtype=torch.float64).flatten()
         self.target = torch.tensor(target, dtype=torch.float64).flatten()
-        self.radius, self.terminal, self.interaction = radius, terminal, interaction
+        self.radius, self.terminal, self.repulsion = radius, terminal, repulsion
         self.spread, self.margin = spread, margin
         self.pairs = torch.triu_indices(self.count, self.count, 1)
+
+    def initial(self, count: int, generator: Generator) -> Tensor:
+        """Starts around `start` at which no agents touch: what these would cost can't be helped,
+        and would hide the rest."""
+        found = [super().initial(0, generator)]
+        while sum(map(len, found)) < count:
+            z = super().initial(count, generator)
+            found.append(z[self.evaluation().clearance(z) > 0])
+        return torch.cat(found)[:count]
 
     def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         scaled = self.squared_distances(z) / (2 * self.radius**2)
         W = self.bump(scaled, 2 * self.margin**2).sum(1)
-        return (
-            0.5 * u.square().sum(1) + self.obstacle_cost(self.positions(z)) + self.interaction * W
-        )
+        return 0.5 * u.square().sum(1) + self.obstacle_cost(self.positions(z)) + self.repulsion * W
 
     def terminal_cost(self, z: Tensor) -> Tensor:
         return 0.5 * self.terminal * (z - self.target.to(z)).square().sum(1)
@@ -107,7 +114,7 @@ class Corridor(Agents):
 
     def __init__(self) -> None:
         start, target = [(-2.0, -2.0), (2.0, -2.0)], [(2.0, 2.0), (-2.0, 2.0)]
-        super().__init__(start, target, 0.5, terminal=100.0, interaction=300.0, margin=1.2)
+        super().__init__(start, target, 0.5, terminal=100.0, repulsion=300.0, margin=1.2)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
         squared = (a[:, :, None] - a.new_tensor(self.hills)).square().sum(3)
@@ -124,7 +131,7 @@ class Swap2(Agents):
 
     def __init__(self) -> None:
         start, target = [(-10.0, 0.0), (10.0, 0.0)], [(10.0, 0.0), (-10.0, 0.0)]
-        super().__init__(start, target, 1.0, terminal=300.0, interaction=1e5)
+        super().__init__(start, target, 1.0, terminal=300.0, repulsion=1e5)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
         # In training an agent has its radius, in evaluation it is a point, as in NeuralOC.
@@ -151,7 +158,7 @@ class Swap12(Agents):
             (-6, -1), (-4, 2), (-5, 5), (5, -5), (-2, -2), (2, -2),
         ]  # fmt: skip
         target = [start[i + 1 if i % 2 == 0 else i - 1] for i in range(12)]
-        super().__init__(start, target, 0.5, terminal=300.0, interaction=1e5)
+        super().__init__(start, target, 0.5, terminal=300.0, repulsion=1e5)
 
 
 class Swarm50(Agents):
@@ -171,7 +178,7 @@ class Swarm50(Agents):
         ]
         target = [*upper, *((x, y - 0.5, z - 3) for x, y, z in upper)]
         start = [(x, -y, 10 - z) for x, y, z in target]
-        super().__init__(start, target, 0.1, terminal=900.0, interaction=25_000.0, spread=0.1)
+        super().__init__(start, target, 0.1, terminal=900.0, repulsion=25_000.0, spread=0.1)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
         depth = (self.margin - 1) * 10 * self.radius - self.obstacle_clearance(a)

@@ -71,7 +71,7 @@ class LogBenchmark(Problem):
         self.weight, self.target = (1000.0, 3.0) if modified else (1.0, 0.0)
         self.sigma = (0.4 if modified else 1.0) * math.sqrt(2)
         self.noise = self.sigma * torch.eye(dim, dtype=torch.float64)
-        self.spread = 0.0
+        self.spread, self.grading = 0.0, 4.0 if modified else 1.0
 
     def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
         return 2 * u
