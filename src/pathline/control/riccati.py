@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
-from scipy.interpolate import CubicSpline, interp1d
+from scipy.interpolate import CubicSpline, PchipInterpolator, interp1d
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
@@ -139,7 +139,9 @@ def resting_point(problem: Problem) -> Tensor:
     return torch.from_numpy(found.x)
 
 
-def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticValue:
+def riccati_value(
+    problem: Problem, path: OpenLoop | None = None, *, follow: bool = False
+) -> QuadraticValue:
     """The value function to second order around a path.
 
     Costs and dynamics are expanded around the states and controls of `path`; P, s and c solve the
@@ -151,6 +153,9 @@ def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticVa
         problem: the control problem.
         path: an open-loop solution; by default the path that `problem.reference` gives, with no
             control.
+        follow: take the slope along the path from its controls rather than from the equations.
+            The feedback then follows the path whatever it is, also where forces on it are so short
+            that the expansions miss them.
 
     Returns:
         The value function, in double precision.
@@ -199,11 +204,20 @@ def riccati_value(problem: Problem, path: OpenLoop | None = None) -> QuadraticVa
         raise SolveError(f"the Riccati equations have no solution to time 0: {solved.message}")
     values = solved.y.T[:0:-1]
     slopes = np.stack([rates(t, v) for t, v in zip(times, values, strict=True)])
+    if follow and path is not None:
+        s = np.stack([_explain(e, slope) for e, slope in zip(expansions, p, strict=True)])
+        part, slope_in_time = slice(d * d, d * d + d), PchipInterpolator(knots, s).derivative()
+        values[:, part], slopes[:, part] = s[:-1], slope_in_time(times)
     found = QuadraticValue(d, len(times)).double()
     found.times.copy_(torch.from_numpy(times))
     found.values.copy_(torch.from_numpy(np.concatenate([values, r[:-1]], 1)))
     found.slopes.copy_(torch.from_numpy(np.concatenate([slopes, dr[:-1]], 1)))
     return found
+
+
+def _explain(e: _Expansion, p: np.ndarray) -> np.ndarray:
+    """The costate nearest to `p` with which the control of the path minimises the Hamiltonian."""
+    return p - np.linalg.pinv(e.B.T) @ (e.l_u + e.B.T @ p)
 
 
 def _along(problem: Problem, times: np.ndarray, path: OpenLoop | None) -> tuple[np.ndarray, ...]:

@@ -14,7 +14,7 @@ from .objective import ValueObjective, Weights
 from .policy import Policy
 from .problem import Problem
 from .riccati import QuadraticValue, riccati_value
-from .sweep import improve
+from .sweep import closed_loop, improve
 from .transcription import transcribe
 
 STARTS = 2**16  # drawn before training
@@ -149,7 +149,10 @@ def _first_policy(
 def _quadratic_part(problem: Problem, steps: int, seed: int) -> QuadraticValue:
     if problem.reference(torch.tensor(0.0, dtype=torch.float64)) is not None:
         return improve(problem, riccati_value(problem), 2 * steps)
-    return riccati_value(problem, transcribe(problem, guesses=GUESSES, seed=seed))
+    path = transcribe(problem, guesses=GUESSES, seed=seed)
+    found = [riccati_value(problem, path, follow=follow) for follow in (False, True)]
+    costs = [closed_loop(problem, value, 2 * steps).cost for value in found]
+    return found[int(np.argmin(np.nan_to_num(costs, nan=np.inf)))]
 
 
 @torch.no_grad()
