@@ -949,3 +949,40 @@ def test_any_objective(weighted):
     last = run.history[-1]["loss"]
     residual = (weights * (design @ want / np.sqrt(weights) - X[:, 1]) ** 2).sum() / weights.sum()
     assert last == pytest.approx(residual, rel=1e-5)
+
+
+def test_lbfgs_minimises_least_squares_exactly():
+    """A linear fit of 25 iterations reaches the normal equations' solution."""
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((50, 3)), rng.standard_normal(50)
+    rows = np.column_stack([A, b])
+
+    class LeastSquares(Objective):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(3, 1, bias=False).double()
+
+        def validate(self, batch):
+            return (self.model(batch[:, :3])[:, 0] - batch[:, 3]).square()
+
+        def forward(self, batch, weights=None):
+            return Loss(self.validate(batch).mean(), {})
+
+    objective = LeastSquares()
+    pl.fit(objective, rows, validation=rows, optimizer="lbfgs", max_steps=2, progress=False)
+    exact = np.linalg.lstsq(A, b, rcond=None)[0]
+    assert objective.model.weight.detach().numpy()[0] == pytest.approx(exact, abs=1e-8)
+
+
+def test_lbfgs_resumes_bit_for_bit(tmp_path):
+    options = {"optimizer": "lbfgs", "max_steps": 6}
+    whole, _ = train(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train(Interrupting(new_flow(), 60), out=tmp_path, **options)
+    resumed, run = train(out=tmp_path, resume=True, **options)
+    assert run.steps == 6 and same(resumed, whole)
+
+
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(ArgumentError, match="optimizer"):
+        train(optimizer="sgd")

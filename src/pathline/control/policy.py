@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -237,8 +237,8 @@ class Policy(nn.Module):
         """The hidden-to-hidden matrices of Phi, which Muon trains."""
         return self.potential.potential.inner_weights()
 
-    @staticmethod
-    def load(folder: Any, problem: Problem) -> "Policy":
+    @classmethod
+    def load(cls, folder: Any, problem: Problem) -> Self:
         """A saved policy of a problem of your own.
 
         Raises:
@@ -247,10 +247,10 @@ class Policy(nn.Module):
         from ..train.files import read_model
 
         description, state = read_model(folder)
-        if description["kind"] != "Policy":
-            raise ModelError(f"{folder} holds a {description['kind']}, not a Policy")
+        if description["kind"] != cls.__name__:
+            raise ModelError(f"{folder} holds a {description['kind']}, not a {cls.__name__}")
         try:
-            policy = Policy(**description["config"] | {"problem": problem})
+            policy = cls(**description["config"] | {"problem": problem})
             policy.load_state_dict(state, assign=True)
         except (RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]

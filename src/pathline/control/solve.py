@@ -39,6 +39,8 @@ def solve(
     budget: float | None = None,
     batch_size: int = 256,
     learning_rate: float | None = None,
+    optimizer: str | None = None,
+    double: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -63,6 +65,8 @@ def solve(
         budget: seconds for the training, turned into a number of steps after a timed warm-up.
         batch_size: starts of a training step.
         learning_rate: the first of a cosine schedule.
+        optimizer: as of `pathline.fit`.
+        double: train and keep the policy in double precision.
         resume, overwrite, progress, metadata: as of `pathline.fit`.
 
     Returns:
@@ -91,6 +95,8 @@ def solve(
         if progress and base != "none" and not resume:
             print("solving from the nominal start, to begin with", file=sys.stderr, flush=True)
         policy = _first_policy(problem, starts, judges, width, depth, steps, base, seed)
+    if double:
+        policy.double()
     objective = ValueObjective(policy, steps, weights)
     policy.run = fit(
         objective,
@@ -102,6 +108,7 @@ def solve(
         budget=budget,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        optimizer=optimizer,
         patience=25,
         resume=resume,
         overwrite=overwrite,

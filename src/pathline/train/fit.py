@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ShapeError
 from . import files
 from .objective import Objective
+from .recipe import OPTIMIZERS
 from .rows import Rows
 from .trainer import Run, Settings, Trainer
 
@@ -34,6 +35,7 @@ def fit(
     batch_size: int = 512,
     learning_rate: float | None = None,
     patience: int = 15,
+    optimizer: str | None = None,
     devices: int = 1,
     nodes: int = 1,
     strategy: str = "auto",
@@ -62,6 +64,9 @@ def fit(
         learning_rate: the first of a cosine schedule; by default the objective's choice for the
             number of steps.
         patience: stop after this many validations without improvement, of about fifty.
+        optimizer: "adam" (the default, with Muon for square hidden matrices) or "lbfgs", of which a
+            step is 25 iterations on one batch: for smooth losses, large batches and double
+            precision. It has a line search, no learning rate.
         devices, nodes, strategy: processes for each machine, machines, and the strategy of
             Lightning Fabric, such as "ddp"; under torchrun they come from its environment.
         progress: show a bar, or lines where standard error is not a terminal.
@@ -78,7 +83,7 @@ def fit(
 
     The loss that is shown is in the units of the objective (standardised units for flows).
     """
-    settings = Settings(seed, max_steps, budget, batch_size, learning_rate, patience)
+    settings = Settings(seed, max_steps, budget, batch_size, learning_rate, patience, optimizer)
     _check(asdict(settings) | {"devices": devices, "nodes": nodes})
     if resume and out is None:
         raise ArgumentError("`resume` needs `out`, the run folder to go on from")
@@ -117,6 +122,11 @@ def _check(values: dict[str, Any]) -> None:
         value = values[name]
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ArgumentError(f"`{name}` must be positive and finite, got {value!r}")
+    chosen = values["optimizer"]
+    if chosen not in (None, *OPTIMIZERS):
+        raise ArgumentError(f"`optimizer` must be one of {', '.join(OPTIMIZERS)}, got {chosen!r}")
+    if chosen == "lbfgs" and (values["devices"] > 1 or values["nodes"] > 1):
+        raise ArgumentError("`optimizer` 'lbfgs' works in one process")
     if not isinstance(values["seed"], int) or values["seed"] < 0:
         raise ArgumentError(f"`seed` must be an integer >= 0, got {values['seed']!r}")
 

@@ -1,6 +1,8 @@
-"""The optimisers: Muon for square hidden matrices, Adam for the rest, one cosine for both."""
+"""The optimisers: Muon for square hidden matrices, Adam for the rest, one cosine for both; or
+L-BFGS."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from .muon import Muon
 
 MUON_RATE = 1.0  # of Adam's; Muon itself steps 0.2 sqrt(width) times its rate
 FINAL_RATE = 0.01  # of the first
+ITERATIONS = 25  # of L-BFGS on the same rows, by Ruthotto et al. (arXiv 1912.01825)
+OPTIMIZERS = ("adam", "lbfgs")
 
 
 def optimizers(module: nn.Module, inner: list[Tensor]) -> list[Optimizer]:
@@ -26,6 +30,32 @@ def optimizers(module: nn.Module, inner: list[Tensor]) -> list[Optimizer]:
     if inner:
         found.append(Muon(inner))
     return found
+
+
+def quasi_newton(
+    parameters: Sequence[Tensor], loss: Callable[[], Tensor], rate: float = 1.0
+) -> None:
+    """Some iterations of L-BFGS with a line search by the strong Wolfe conditions, from no
+    curvature: pairs of other rows would be of another function.
+
+    Args:
+        parameters: what moves.
+        loss: with the same rows and the same randomness at each call.
+        rate: length of the first trial of a line search.
+    """
+    optimizer = torch.optim.LBFGS(
+        parameters, lr=rate, max_iter=ITERATIONS, max_eval=2 * ITERATIONS,
+        history_size=ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-12,
+        tolerance_change=1e-14,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:

@@ -61,6 +61,7 @@ class Settings:
     batch_size: int
     learning_rate: float | None
     patience: int
+    optimizer: str | None = None
 
 
 @dataclass
@@ -154,7 +155,9 @@ class Trainer:
         self.objective.to(self.fabric.device)
         if not found:
             self.objective.prepare(self.rows, self.generator)
-        self.optimizers = recipe.optimizers(self.objective, self.objective.inner_weights())
+        self.optimizers = []
+        if self.settings.optimizer != "lbfgs":
+            self.optimizers = recipe.optimizers(self.objective, self.objective.inner_weights())
         self._set_up()
         if found:
             tensors, standing = found
@@ -242,6 +245,8 @@ class Trainer:
         batch, weights = self.rows.take(index)
         batch = batch.to(self.fabric.device)
         weights = None if weights is None else weights.to(self.fabric.device)
+        if self.settings.optimizer == "lbfgs":
+            return self._settle(batch, weights), share
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.module(batch, weights)
@@ -253,6 +258,18 @@ class Trainer:
             optimizer.step()
         self.objective.constrain()
         return loss, share
+
+    def _settle(self, batch: Tensor, weights: Tensor | None) -> Loss:
+        """Several iterations of L-BFGS on one batch; the loss at their end."""
+        state = copy.deepcopy(self.objective.state())
+
+        def evaluate() -> Loss:
+            self.objective.restore(state)  # the same randomness each time
+            return self.objective(batch, weights)
+
+        recipe.quasi_newton(self.parameters, lambda: evaluate().total, self.at.shrink)
+        self.objective.constrain()
+        return evaluate()
 
     def _draw(self, size: int) -> Tensor:
         """Indices of `size` random training rows, or of all if there are no more."""

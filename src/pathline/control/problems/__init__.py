@@ -3,7 +3,7 @@
 Adding one: its class, and its entry in `PROBLEMS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -125,27 +125,27 @@ PROBLEMS: dict[str, Named] = {
 }
 
 
-def make(name: str, **options: Any) -> Problem:
+def make(name: str, problems: Mapping[str, Named] = PROBLEMS, /, **options: Any) -> Problem:
     """The problem of that name; None stands for the default of an option.
 
     Raises:
         ArgumentError: there is no such problem, or it has no such option.
     """
-    if name not in PROBLEMS:
-        raise ArgumentError(unknown("problem", name, PROBLEMS))
+    if name not in problems:
+        raise ArgumentError(unknown("problem", name, problems))
     given = {key: value for key, value in options.items() if value is not None}
-    foreign = sorted(given.keys() - PROBLEMS[name].options)
+    foreign = sorted(given.keys() - problems[name].options)
     if foreign:
         raise ArgumentError(f"the problem {name!r} has no option {', '.join(foreign)}")
-    problem = PROBLEMS[name].make(**given)
+    problem = problems[name].make(**given)
     problem.made = {"name": name, "options": given}
     return problem
 
 
-def settings(problem: Problem) -> dict[str, Any]:
+def settings(problem: Problem, problems: Mapping[str, Named] = PROBLEMS, /) -> dict[str, Any]:
     """Arguments of `control.solve` that suit a problem which `make` built."""
     assert problem.made is not None
-    found = dict(PROBLEMS[problem.made["name"]].settings)
+    found = dict(problems[problem.made["name"]].settings)
     if isinstance(problem, Quadcopter) and problem.noise is not None:
         found |= NOISY_FLIGHT
     if problem.made["name"] == "benchmark":
