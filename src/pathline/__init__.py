@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import control as control
 from . import flows as flows
+from . import games as games
 from . import integrate as integrate
 from . import nets as nets
 from .errors import PathlineError as PathlineError
@@ -18,6 +19,7 @@ __all__ = [
     "control",
     "fit",
     "flows",
+    "games",
     "integrate",
     "load",
     "nets",

@@ -31,7 +31,7 @@ Field = tuple[np.ndarray, np.ndarray, np.ndarray]
 def paths(
     times: ArrayLike,
     positions: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | None = None,
     *,
     others: ArrayLike | None = None,
     radius: float = 0.0,
@@ -44,7 +44,7 @@ def paths(
     Args:
         times: (n,).
         positions: (n, agents, 2 or 3).
-        targets: (agents, 2 or 3).
+        targets: (agents, 2 or 3), if each has one.
         others: positions to compare with, such as an open-loop solution's, (any, agents, 2 or 3).
         radius: of an agent, drawn at some times in the plane.
         field: x (nx,), y (ny,) and a cost (ny, nx) that is drawn as shades; of the plane only.
@@ -55,7 +55,7 @@ def paths(
         A figure with one axes, and one for the scale of times.
     """
     t, z = np.asarray(times, dtype=float), np.asarray(positions, dtype=float)
-    goal = np.asarray(targets, dtype=float)
+    goal = z[-1] if targets is None else np.asarray(targets, dtype=float)
     if z.ndim != 3 or z.shape[2] not in (2, 3) or len(z) != len(t) or goal.shape != z.shape[1:]:
         raise ShapeError(
             f"`positions` must be ({len(t)}, agents, 2 or 3) and `targets` alike, got {z.shape} "
@@ -79,7 +79,8 @@ def paths(
     (ax.add_collection3d if space else ax.add_collection)(collection)
     size = 12 if z.shape[1] > 12 else 30
     ax.scatter(*z[0].T, s=size, color=DATA, label="start")
-    ax.scatter(*goal.T, s=2 * size, color=REFERENCE, marker="x", label="target")
+    name = "target" if targets is not None else "end"
+    ax.scatter(*goal.T, s=2 * size, color=REFERENCE, marker="x", label=name)
     if upto is not None:
         ax.scatter(*z[last].T, s=size, color=SAMPLES)
     _limits(ax, np.concatenate([z.reshape(-1, z.shape[2]), goal]), radius)
@@ -98,7 +99,7 @@ def paths(
     if others is not None:
         ax.plot([], [], "--", color=GREY, lw=0.9, label="open loop")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    figure.set_label(f"Ways of {z.shape[1]} agents from start to target, coloured by time")
+    figure.set_label(f"Ways of {z.shape[1]} agents from start to {name}, coloured by time")
     return figure
 
 

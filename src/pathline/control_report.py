@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .control import Policy, Problem, Simulation, transcribe
-from .control.judge import PolicyCheck, check_policy
+from .control.judge import check_policy
 from .control.problems import Agents, Quadcopter
 from .errors import ModelError
 from .models import load
@@ -63,13 +63,6 @@ def finish_control(
     return metrics
 
 
-def record_policy_check(run: Path, check: PolicyCheck) -> None:
-    """Keep what `pathline check` found in a run folder: in metrics and report."""
-    metrics = read_json(run / "metrics.json")
-    write_json(run / "metrics.json", metrics | {"check": check.to_dict()})
-    write_control_report(run)
-
-
 def write_control_report(run: Path, policy: Policy | None = None) -> None:
     """Write report.html, and the animation, from what is in the folder of a run.
 
@@ -80,16 +73,10 @@ def write_control_report(run: Path, policy: Policy | None = None) -> None:
     Raises:
         ModelError: the folder holds no finished run of a control problem.
     """
-    from . import control_plots
-
-    metrics = read_json(run / "metrics.json")
-    head = metrics.get("report", {})
-    if head.get("kind") != KIND:
-        raise ModelError(f"{run} holds no finished run of a control problem")
+    metrics, history = read_run(run, KIND, "control problem")
+    head = metrics["report"]
     policy = load(run) if policy is None else policy
     assert policy is not None
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    history = [json.loads(line) for line in lines]
     path, opened = _nominal(policy, head["seed"]), _open_loop(run)
     sections = [
         _summary(policy, metrics),
@@ -98,10 +85,28 @@ def write_control_report(run: Path, policy: Policy | None = None) -> None:
         *_race(metrics.get("ppo")),
         _shocks(metrics["check"]),
         _value(policy, head["seed"]),
-        _training(history, metrics, control_plots),
+        training_section(history, metrics),
         configuration_section(read_json(run / "config.json")),
     ]
     write_report(run / "report.html", head["title"], sections)
+
+
+def read_run(run: Path, kind: str, what: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Metrics and log of a finished run of that kind.
+
+    Raises:
+        ModelError: the folder holds none.
+    """
+    metrics = read_json(run / "metrics.json")
+    if metrics.get("report", {}).get("kind") != kind:
+        raise ModelError(f"{run} holds no finished run of a {what}")
+    return metrics, read_log(run)
+
+
+def read_log(run: Path) -> list[dict[str, float]]:
+    """The entries of log.jsonl."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def _nominal(policy: Policy, seed: int) -> Simulation:
@@ -151,8 +156,7 @@ def _reinforced(policy: Policy, out: Path, evaluations: int, seed: int) -> dict[
     problem, config = policy.problem, read_json(out / "config.json")
     steps, batch = config["choices"]["time_steps"], config["settings"]["batch_size"]
     found = train_ppo(problem, evaluations=evaluations, seed=seed)
-    lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    history = [json.loads(line) for line in lines]
+    history = read_log(out)
     own = [
         solve_evaluations(problem, max_steps=entry["step"], steps=steps, batch_size=batch)
         for entry in history
@@ -215,7 +219,7 @@ def _summary(policy: Policy, metrics: Mapping[str, Any]) -> Section:
             "There is no open-loop solution to compare with: none was asked for, or none found."
         )
     seconds = metrics.get("seconds")
-    percent = {
+    shares = {
         "value_error": "Error of the value, against the exact one",
         "control_error": "Error of the control, against the exact one",
         "hjb": "HJB residual, over the cost",
@@ -232,7 +236,7 @@ def _summary(policy: Policy, metrics: Mapping[str, Any]) -> Section:
         ("The same on twice the time steps", check["nominal_fine"]),
         ("Value of the nominal start", check["nominal_value"]),
         ("Open-loop cost from the nominal start", None if baseline is None else baseline["cost"]),
-        *((label, _percent(check[key])) for key, label in percent.items()),
+        *((label, percent(check[key])) for key, label in shares.items()),
         ("Least clearance, held-out starts", check["clearance"]),
         ("Least clearance, nominal start", check["nominal_clearance"]),
         ("One control on one thread", f"{check['milliseconds']:.2g} ms"),
@@ -246,7 +250,8 @@ def _summary(policy: Policy, metrics: Mapping[str, Any]) -> Section:
     return Section("Summary", "\n\n".join(told), table=table)
 
 
-def _percent(share: float | None) -> str | None:
+def percent(share: float | None) -> str | None:
+    """In words."""
     return None if share is None else f"{100 * share:.3g} %"
 
 
@@ -254,17 +259,12 @@ def _ways(
     policy: Policy, path: Simulation, opened: Mapping[str, np.ndarray] | None, run: Path
 ) -> list[Section]:
     """Trajectories and animation of what moves in the plane or in space."""
-    from . import control_plots
-
     problem = policy.problem.evaluation()
     draw = _drawer(problem, path, opened)
     if draw is None:
         (run / ANIMATION).unlink(missing_ok=True)
         return []
-    count = len(path.times)
-    shown = np.unique(np.linspace(1, count - 1, control_plots.FRAMES).round().astype(int))
-    gif = control_plots.animation(draw(upto=int(n)) for n in shown)
-    write_atomically(run / ANIMATION, lambda temporary: temporary.write_bytes(gif))
+    gif = write_animation(run, draw, len(path.times))
     obstacles = " Shades or boxes are obstacles." if isinstance(problem, Agents) else ""
     return [
         Section(
@@ -277,18 +277,28 @@ def _ways(
     ]
 
 
+def write_animation(run: Path, draw: Any, count: int) -> bytes:
+    """Write the animation of `draw(upto=n)`, n up to `count - 1`, to the folder; also its bytes."""
+    from . import control_plots
+
+    shown = np.unique(np.linspace(1, count - 1, control_plots.FRAMES).round().astype(int))
+    gif = control_plots.animation(draw(upto=int(n)) for n in shown)
+    write_atomically(run / ANIMATION, lambda temporary: temporary.write_bytes(gif))
+    return gif
+
+
 def _drawer(problem: Problem, path: Simulation, opened: Mapping[str, np.ndarray] | None) -> Any:
     """A picture of the first path up to any time, or None where there is none."""
     from . import control_plots
 
-    times, states = _array(path.times), _array(path.states[:, 0])
+    times, states = array(path.times), array(path.states[:, 0])
     if isinstance(problem, Agents):
         shape = (-1, problem.count, problem.space)
         boxes = getattr(problem, "blocks", None)
         options: dict[str, Any] = {"radius": problem.radius, "boxes": boxes}
         if problem.space == 2:
             options["field"] = _obstacles(problem, states.reshape(-1, 2))
-        target = _array(problem.target).reshape(shape[1:])
+        target = array(problem.target).reshape(shape[1:])
     elif isinstance(problem, Quadcopter):
         shape, options = (-1, 1, 3), {}
         target = np.array(problem.target[:3])[None]
@@ -307,9 +317,9 @@ def _obstacles(problem: Agents, points: np.ndarray) -> Any:
     middle, half = (low + high) / 2, 0.7 * (high - low).max()
     x, y = (np.linspace(middle[i] - half, middle[i] + half, GRID) for i in (0, 1))
     grid = torch.from_numpy(np.stack(np.meshgrid(x, y), -1).reshape(-1, 1, 2))
-    cost = _array(problem.obstacle_cost(grid)).reshape(GRID, GRID)
+    cost = array(problem.obstacle_cost(grid)).reshape(GRID, GRID)
     shade = np.sqrt(cost)  # or a steep hill is a point
-    forbidden = _array(problem.obstacle_clearance(grid)[:, 0]).reshape(GRID, GRID) < 0
+    forbidden = array(problem.obstacle_clearance(grid)[:, 0]).reshape(GRID, GRID) < 0
     shade[forbidden] = shade.max()
     return (x, y, shade) if cost.max() > 0 else None
 
@@ -337,7 +347,7 @@ def _courses(
             f" The first {control_plots.PANELS} of {count}." if count > control_plots.PANELS else ""
         )
         figure = control_plots.courses(
-            _array(path.times)[: len(values)], _array(values), names, others=others, title=title
+            array(path.times)[: len(values)], array(values), names, others=others, title=title
         )
         text = f"From the nominal start.{noise}{more}"
         found.append(Section(f"{title} over time", text, figure=figure))
@@ -380,14 +390,14 @@ def _value(policy: Policy, seed: int) -> Section:
     value = torch.stack([
         policy.value(t, z).mean() for t, z in zip(path.times, states, strict=True)
     ])  # fmt: skip
-    times = _array(path.times)
+    times = array(path.times)
     means = f", in the mean of {AVERAGED} paths" if noise else ""
     return Section(
         "Value along the path",
         f"What the policy expects to pay from each time on, and what it pays{means}. Where they "
         "differ the value function is not resolved.",
         figure=plots.curves(
-            {"value": (times, _array(value)), "cost to go": (times, _array(to_go))},
+            {"value": (times, array(value)), "cost to go": (times, array(to_go))},
             "time",
             "cost",
             "Value function along the path, and cost to go",
@@ -395,9 +405,10 @@ def _value(policy: Policy, seed: int) -> Section:
     )
 
 
-def _training(
-    history: list[dict[str, float]], metrics: Mapping[str, Any], control_plots: Any
-) -> Section:
+def training_section(history: list[dict[str, float]], metrics: Mapping[str, Any]) -> Section:
+    """The course of training, by log.jsonl and metrics.json."""
+    from . import control_plots
+
     early = metrics.get("stopped") == "early"
     told = (
         f"Training made {metrics.get('steps', 0):,} steps and "
@@ -415,5 +426,6 @@ def _training(
     )
 
 
-def _array(x: Tensor) -> np.ndarray:
+def array(x: Tensor) -> np.ndarray:
+    """In double precision."""
     return x.detach().double().cpu().numpy()

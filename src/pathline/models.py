@@ -6,15 +6,21 @@ from typing import Any
 from torch import nn
 
 from .control import Policy, Problem
+from .control.problems import PROBLEMS, Named, make
 from .errors import ModelError
 from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
+from .games import Equilibrium
+from .games.problems import GAMES
 from .train.files import read_model, save
 
 __all__ = ["load", "metadata", "save"]
 
 MODELS: dict[str, Any] = {
-    kind.__name__: kind for kind in (CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap, Policy)
+    kind.__name__: kind
+    for kind in (CNF, ConditionalOTFlow, Equilibrium, JointMap, OTFlow, PCPMap, Policy)
 }
+POLICIES = (Policy, Equilibrium)
+NAMED: dict[str, Named] = PROBLEMS | GAMES  # the problems that policies are for
 
 
 def load(folder: str | Path) -> Any:
@@ -41,29 +47,27 @@ def load(folder: str | Path) -> Any:
 
 def _build(description: dict[str, Any], folder: str | Path) -> nn.Module:
     """The model of a description, without its weights; its parts, if any, are described alike."""
-    make = MODELS.get(str(description["kind"]))
-    if make is None:
+    kind = MODELS.get(str(description["kind"]))
+    if kind is None:
         raise ModelError(
             f"{folder} holds a {description['kind']!r}, which this version of Pathline does not "
             f"know; it knows {', '.join(MODELS)}"
         )
     config = description["config"]
-    if make is JointMap:
+    if kind is JointMap:
         config = {name: _build(part, folder) for name, part in config.items()}
-    if make is Policy:
-        config = config | {"problem": _named_problem(config["problem"], folder)}
-    return make(**config)
+    if kind in POLICIES:
+        config = config | {"problem": _named_problem(config["problem"], kind, folder)}
+    return kind(**config)
 
 
-def _named_problem(made: dict[str, Any] | None, folder: str | Path) -> Problem:
-    from .control.problems import make
-
+def _named_problem(made: dict[str, Any] | None, kind: type[Policy], folder: str | Path) -> Problem:
     if made is None:
         raise ModelError(
-            f"{folder} holds a policy for a problem of your own: read it by "
-            "`control.Policy.load(folder, problem)`"
+            f"{folder} is for a problem of your own: read it by "
+            f"`{kind.__name__}.load(folder, problem)`"
         )
-    return make(made["name"], **made["options"])
+    return make(made["name"], NAMED, **made["options"])
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:

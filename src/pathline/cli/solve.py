@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ..control import solve as solve_problem
-from ..control.problems import PROBLEMS, make, settings
+from ..control.problems import make, settings
 from ..control_report import finish_control
 from ..errors import ArgumentError
+from ..games import Equilibrium, MeanFieldGame
+from ..games_report import finish_game
+from ..models import NAMED
 from ..train.files import open_run
 from .options import Flag, Positive, RunOptions, Seconds, Weight, answer, say
 
@@ -23,21 +26,22 @@ def solve(
     dim: Positive | None = None,
     noise: Weight | None = None,
     limit: Seconds | None = None,
+    strength: Weight | None = None,
     width: Positive | None = None,
     depth: Positive | None = None,
     time_steps: Positive | None = None,
     base: Literal["auto", "path", "none"] | None = None,
-    baseline: bool = True,
+    baseline: bool | None = None,
     ppo: Positive | None = None,
 ) -> None:
-    """Learn a feedback policy for a control problem.
+    """Learn a feedback policy for a control problem, or the equilibrium of a mean-field game.
 
     Parameters
     ----------
     name
-        Name of the problem.
+        Name of the problem or game.
     list_
-        List the problems.
+        List the problems and games.
     run
         What every command that trains takes.
     dim
@@ -46,6 +50,8 @@ def solve(
         Standard deviation of the noise, of problems that have it as an option.
     limit
         Largest size of the control, of problems that have it as an option.
+    strength
+        How many times as strong the obstacle is, of games that have one.
     width
         Neurons of each layer of the network.
     depth
@@ -54,24 +60,27 @@ def solve(
         Time steps in training; costs are judged on twice as many.
     base
         Begin with the value function to second order around an open-loop solution: where that
-        helps (auto), always (path) or never (none).
+        helps (auto), always (path) or never (none). Not of games.
     baseline
-        Compare with an open-loop solution from the nominal start.
+        Compare with an open-loop solution from the nominal start, as by default. Not of games.
     ppo
-        Compare with a policy that PPO trains, with so many evaluations of the dynamics.
+        Compare with a policy that PPO trains, with so many evaluations of the dynamics. Not of
+        games.
     """
     if list_:
-        summaries = {key: named.summary for key, named in PROBLEMS.items()}
+        summaries = {key: named.summary for key, named in NAMED.items()}
         wide = max(map(len, summaries))
         lines = [f"{key:<{wide}}  {summary}" for key, summary in summaries.items()]
         return answer(summaries, bool(run and run.json), "\n".join(lines))
     if name is None:
         raise ArgumentError("solve needs the NAME of a problem; --list shows them")
-    problem = make(name, dim=dim, noise=noise, limit=limit)
+    problem = make(name, NAMED, dim=dim, noise=noise, limit=limit, strength=strength)
+    if isinstance(problem, MeanFieldGame):
+        _refuse(name, base=base, baseline=baseline, ppo=ppo)
     if run is None:
         raise ArgumentError(f"solve needs a folder for the run: --out runs/{name}")
     given = {"width": width, "depth": depth, "steps": time_steps, "base": base}
-    chosen = settings(problem) | _set(given)
+    chosen = settings(problem, NAMED) | _set(given)
     # Before the work of a first policy is lost.
     open_run(run.out, resume=run.resume, overwrite=run.overwrite)
     if run.budget is not None or _begun(run):
@@ -79,10 +88,21 @@ def solve(
     if ppo is not None:
         import_module("pathline.control.ppo")  # says what is missing before any work
     policy = solve_problem(problem, **chosen | _set(run.training()))
+    if isinstance(policy, Equilibrium):
+        metrics = finish_game(policy, run.out, seed=run.seed)
+        return answer(metrics, run.json, _game_summary(run.out, metrics))
+    baseline = baseline is not False
     if baseline and problem.noise is None:
         say("solving from the nominal start, for comparison; --no-baseline leaves it out")
     metrics = finish_control(policy, run.out, baseline=baseline, ppo=ppo, seed=run.seed)
     answer(metrics, run.json, _summary(run.out, metrics))
+
+
+def _refuse(name: str, **given: Any) -> None:
+    """Raise if an option is given that is not for games."""
+    for key, value in given.items():
+        if value is not None:
+            raise ArgumentError(f"--{key} is for control problems; {name!r} is a mean-field game")
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +127,20 @@ def _summary(folder: Path, metrics: dict[str, Any]) -> str:
         )
     if metrics["ppo"] is not None:
         lines.append(f"PPO {metrics['ppo']['best']:.6g} on average over held-out starts")
+    return "\n".join([*lines, check["verdict"], _written(folder)])
+
+
+def _game_summary(folder: Path, metrics: dict[str, Any]) -> str:
+    check, cost = metrics["check"], metrics["check"]["cost"]
+    terms = ", ".join(f"{key} {cost[key]:.5g}" for key in cost if key != "total" and cost[key])
+    line = (
+        f"cost {cost['total']:.6g} +- {check['total_error']:.2g} over {check['particles']} new "
+        f"particles: {terms}"
+    )
+    return "\n".join([line, check["verdict"], _written(folder)])
+
+
+def _written(folder: Path) -> str:
     made = ["model", "report.html", "metrics.json", "log.jsonl", "animation.gif"]
     shown = ", ".join(name for name in made if (folder / name).exists())
-    return "\n".join([*lines, check["verdict"], f"wrote {folder}: {shown}"])
+    return f"wrote {folder}: {shown}"

@@ -10,20 +10,23 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from ..control import Policy
-from ..control.judge import check_policy
-from ..control_report import KIND, record_policy_check, write_control_report
+from ..control_report import KIND, write_control_report
 from ..data import Recipe, read_table, write_table
 from ..errors import ArgumentError, DataWarning
 from ..flows import TransportMap
-from ..models import load
+from ..games_report import KIND as GAME
+from ..games_report import write_games_report
+from ..models import POLICIES, load
 from ..posterior.outliers import find_outliers
 from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
-from ..train.files import read_json, read_model
+from ..train.files import read_json, read_model, write_json
 from .options import Flag, Positive, Seed, answer, open_conditional, open_model
 
 WARNED = 3  # observations
+WRITERS = {  # of reports, but those of densities
+    "posterior": write_posterior_report, KIND: write_control_report, GAME: write_games_report
+}  # fmt: skip
 
 
 def sample(
@@ -156,8 +159,8 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     """Can the model be trusted on the rows of a table? Exit code 1 where it can't.
 
     A conditional model is also tested for calibration: ranks, expected coverage and TARP of up to
-    1000 pairs that were not used in training. A policy is tested on starts of its own problem,
-    without a table. Pictures and report in a run folder are renewed.
+    1000 pairs that were not used in training. A policy or an equilibrium is tested on starts of its
+    own problem, without a table. Pictures and report in a run folder are renewed.
 
     Parameters
     ----------
@@ -165,7 +168,7 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
         A run folder, or the model inside it.
     file
         Table with the columns of the training table, or pairs as those it was trained on; none
-        for a policy.
+        for a policy or an equilibrium.
     seed
         Of everything random.
     json
@@ -185,7 +188,7 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
 
 
 def _is_policy(model: Path) -> bool:
-    return bool(read_model(model)[0]["kind"] == Policy.__name__)
+    return read_model(model)[0]["kind"] in {kind.__name__ for kind in POLICIES}
 
 
 def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
@@ -200,9 +203,11 @@ def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
 def _check_policy(model: Path, file: Path | None, seed: int, json: bool) -> int:
     if file is not None:
         raise ArgumentError(f"{model} holds a policy, which is checked without a table, got {file}")
-    found = check_policy(load(model), seed=seed)
+    found = load(model).check(seed=seed)
     if (model / "metrics.json").exists() and (model / "report.html").exists():
-        record_policy_check(model, found)
+        metrics = read_json(model / "metrics.json")
+        write_json(model / "metrics.json", metrics | {"check": found.to_dict()})
+        _write_report(model)
     answer(found.to_dict(), json, found.verdict)
     return 0 if found.passed else 1
 
@@ -239,7 +244,10 @@ def report(run: Path, /) -> None:
     run
         A run folder.
     """
-    kind = read_json(run / "metrics.json").get("report", {}).get("kind")
-    writers = {"posterior": write_posterior_report, KIND: write_control_report}
-    writers.get(kind, write_density_report)(run)
+    _write_report(run)
     print(f"wrote {run / 'report.html'}")
+
+
+def _write_report(run: Path) -> None:
+    kind = read_json(run / "metrics.json").get("report", {}).get("kind")
+    WRITERS.get(kind, write_density_report)(run)

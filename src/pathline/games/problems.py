@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ..control import Weights
 from ..control.problems import Named
+from ..control.problems import make as make_problem
+from ..control.problems import settings as settings_of
 from ..errors import ArgumentError
 from .game import MeanFieldGame
 
@@ -71,18 +74,34 @@ GAMES: dict[str, Named] = {
         transport,
         "eight Gaussians move to one, in any dimension",
         frozenset({"dim"}),
-        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0)},
+        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0), "max_steps": 1000},
     ),
     "crowd-motion": Named(
         crowd_motion,
         "a crowd passes an obstacle, in any dimension",
         frozenset({"dim", "strength"}),
-        {"weights": Weights(hjb=20.0, terminal=1.0, terminal_gradient=0.0)},
+        {"weights": Weights(hjb=20.0, terminal=1.0, terminal_gradient=0.0), "max_steps": 1000},
     ),
     "shift": Named(
         shift,
         "a Gaussian moves to another place; its value function is a quadratic",
         frozenset({"dim"}),
-        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0)},
+        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0), "max_steps": 1000},
     ),
 }
+
+
+def make(name: str, **options: Any) -> MeanFieldGame:
+    """The game of that name; None stands for the default of an option.
+
+    Raises:
+        ArgumentError: there is no such game, or it has no such option.
+    """
+    game = make_problem(name, GAMES, **options)
+    assert isinstance(game, MeanFieldGame)
+    return game
+
+
+def settings(game: MeanFieldGame) -> dict[str, Any]:
+    """Arguments of `control.solve` that suit a game which `make` built."""
+    return settings_of(game, GAMES)

@@ -7,10 +7,12 @@ from functools import partial
 
 from ..control.problems import PROBLEMS
 from ..data import BENCHMARKS
+from ..models import NAMED
 from . import (
     conditional,
     control,
     do_vs_od,
+    games,
     gradients,
     inference,
     mnist,
@@ -94,6 +96,18 @@ EXPERIMENTS = {
     "quadcopter-robustness": Experiment(
         "quadcopter policies trained with and without noise, in noise and under shocks",
         control.run_robustness,
+    ),
+    **{
+        f"mfg-{name}" + (f"-{dim}" if dim else ""): Experiment(
+            f"{NAMED[name].summary.split(',')[0]}, {dim or 2} dimensions: {figure.label}",
+            partial(games.run, name, dim),
+        )
+        for name, figure in games.FIGURES.items()
+        for dim in (None, *figure.dims)
+    },
+    "mfg-hjb-ablation": Experiment(
+        "transport trained with two time steps, with and without penalties of the HJB equation",
+        games.run_ablation,
     ),
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",

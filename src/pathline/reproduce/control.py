@@ -10,6 +10,7 @@ from torch import Tensor
 from ..control import Policy, solve
 from ..control.problems import make, settings
 from ..control_report import finish_control
+from ..models import NAMED
 from ..report import Section
 from ..train import files
 from .experiment import Outcome, RunArguments
@@ -91,7 +92,7 @@ FIGURES = {
 def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     """Solve the problem `name` and compare its figure; size full trains five times as long."""
     figure = FIGURES[name]
-    policy, metrics = _solve(name, arguments, size)
+    policy, metrics = solve_named(name, arguments, size)
     measured = figure.measure(policy, metrics)
     text = f"{figure.label}: {measured:.6g}\n{metrics['check']['verdict']}"
     if metrics["baseline"] is not None:
@@ -99,11 +100,19 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
     return Outcome(measured, figure.published, figure.source, text, dict(metrics))
 
 
-def _solve(
-    name: str, arguments: RunArguments, size: str, **options: Any
-) -> tuple[Policy, dict[str, Any]]:
-    problem = make(name, **options)
-    chosen = settings(problem)
+def solve_named(
+    name: str,
+    arguments: RunArguments,
+    size: str,
+    *,
+    changed: Mapping[str, Any] | None = None,
+    finish: Callable[..., dict[str, Any]] = finish_control,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """The policy of a problem or a game, with its settings but for those `changed`, and what
+    `finish` found."""
+    problem = make(name, NAMED, **options)
+    chosen = settings(problem, NAMED) | dict(changed or {})
     if size == "full":
         chosen["max_steps"] *= FULL
     if arguments.budget is not None:
@@ -115,7 +124,7 @@ def _solve(
     files.open_run(arguments.out, resume=arguments.resume, overwrite=arguments.overwrite)
     given = {key: value for key, value in given.items() if value is not None}
     policy = solve(problem, **chosen | given)
-    return policy, finish_control(policy, arguments.out, seed=arguments.seed)
+    return policy, finish(policy, arguments.out, seed=arguments.seed)
 
 
 def run_robustness(arguments: RunArguments, size: str) -> Outcome:
@@ -130,7 +139,7 @@ def run_robustness(arguments: RunArguments, size: str) -> Outcome:
     for label, options in (("without noise", {}), ("with noise", {"noise": NOISE})):
         part = arguments.out / "checkpoint" / label.replace(" ", "-")
         own = RunArguments(part, arguments.seed, arguments.max_steps, None, True)
-        policies[label], _ = _solve("quadcopter", own, size, **options)
+        policies[label], _ = solve_named("quadcopter", own, size, **options)
     noisy = policies["with noise"].problem
     x = noisy.nominal().expand(FLIGHTS, -1)
     table: list[list[str]] = [["trained", "mean cost in noise", "sd of the mean", "worst"]]

@@ -77,12 +77,21 @@ PROBLEMS: dict[str, Named] = {
     "corridor": Named(
         Corridor, "two agents pass between hills and avoid each other", settings={"max_steps": 1500}
     ),
-    "swap2": Named(Swap2, "two agents change places through a gap", settings={"max_steps": 1500}),
+    # Agents that touch pay much at once: short time steps, and small rates from an open-loop path.
+    "swap2": Named(
+        Swap2,
+        "two agents change places through a gap",
+        settings={"max_steps": 600, "steps": 40, "batch_size": 128, "learning_rate": 0.003},
+    ),
     "swap12": Named(
-        Swap12, "six pairs of agents change places, 24 dimensions", settings={"max_steps": 1500}
+        Swap12,
+        "six pairs of agents change places, 24 dimensions",
+        settings={"max_steps": 400, "steps": 40, "batch_size": 128, "learning_rate": 0.002},
     ),
     "swarm50": Named(
-        Swarm50, "fifty agents fly past two blocks, 150 dimensions", settings={"max_steps": 3000}
+        Swarm50,
+        "fifty agents fly past two blocks, 150 dimensions",
+        settings={"max_steps": 100, "steps": 40, "batch_size": 64, "learning_rate": 0.001},
     ),
     "quadcopter": Named(
         Quadcopter,
