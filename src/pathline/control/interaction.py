@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-SMOOTH = 1e-3  # |r| is sqrt(r^2 + SMOOTH^2) - SMOOTH, whose derivative does not jump
+SMOOTH = 0.1
 
 
 class Interaction:
@@ -71,6 +71,9 @@ class Tally:
 
     def _at(self, node: _Node, log_density: Tensor) -> tuple[Tensor, Tensor]:
         share, variation = self.interaction.running(node.z, log_density)
-        residual = node.residual + variation
-        size = (residual.square() + SMOOTH**2).sqrt() - SMOOTH
-        return node.weight * share, node.weight * size
+        return node.weight * share, node.weight * size(node.residual + variation)
+
+
+def size(residual: Tensor) -> Tensor:
+    """|residual|, smooth at zero: a quasi-Newton method does not see a kink."""
+    return (residual.square() + SMOOTH**2).sqrt() - SMOOTH

@@ -12,6 +12,7 @@ from ..calculus import gradient
 from ..errors import ArgumentError
 from ..integrate import graded
 from ..train import Loss, Objective, Rows, step_generator
+from .interaction import size
 from .policy import Policy
 from .problem import Problem
 from .rollout import Rollout, brownian, rollout
@@ -120,7 +121,7 @@ class ValueObjective(Objective):
             share, variation = problem.interaction.terminal(path.z, log_density)
             cost, target = cost + share, G + variation
             del terms["terminal_gradient"]  # it has the gradient of the density
-        terms |= {"cost": cost, "terminal": (phi.value - target).abs()}
+        terms |= {"cost": cost, "terminal": size(phi.value - target)}
         if path.hjb is not None:
             terms["hjb"] = path.hjb
         if path.bsde is not None:

@@ -4,6 +4,20 @@ from .check import GameCheck as GameCheck
 from .density import Density as Density
 from .equilibrium import Crowd as Crowd
 from .equilibrium import Equilibrium as Equilibrium
+from .eulerian import Cost as Cost
+from .eulerian import EulerianGame as EulerianGame
+from .eulerian import EulerianSolution as EulerianSolution
+from .eulerian import Pushed as Pushed
 from .game import MeanFieldGame as MeanFieldGame
 
-__all__ = ["Crowd", "Density", "Equilibrium", "GameCheck", "MeanFieldGame"]
+__all__ = [
+    "Cost",
+    "Crowd",
+    "Density",
+    "Equilibrium",
+    "EulerianGame",
+    "EulerianSolution",
+    "GameCheck",
+    "MeanFieldGame",
+    "Pushed",
+]

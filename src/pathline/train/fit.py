@@ -65,7 +65,7 @@ def fit(
             number of steps.
         patience: stop after this many validations without improvement, of about fifty.
         optimizer: "adam" (the default, with Muon for square hidden matrices) or "lbfgs", of which a
-            step is 25 iterations on one batch: for smooth losses, large batches and double
+            step is 50 iterations on one batch: for smooth losses, large batches and double
             precision. It has a line search, no learning rate.
         devices, nodes, strategy: processes for each machine, machines, and the strategy of
             Lightning Fabric, such as "ddp"; under torchrun they come from its environment.

@@ -12,7 +12,7 @@ from .muon import Muon
 
 MUON_RATE = 1.0  # of Adam's; Muon itself steps 0.2 sqrt(width) times its rate
 FINAL_RATE = 0.01  # of the first
-ITERATIONS = 25  # of L-BFGS on the same rows, by Ruthotto et al. (arXiv 1912.01825)
+ITERATIONS = 50  # of L-BFGS on the same rows
 OPTIMIZERS = ("adam", "lbfgs")
 
 
