@@ -41,6 +41,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "download_all_examples": False,
     "show_signature": False,
+    "matplotlib_animations": True,
     "remove_config_comments": True,
 }
 

@@ -22,7 +22,7 @@ PACKAGES = (
     *("pathline.train", "pathline.models", "pathline.estimators", "pathline.data"),
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
     *("pathline.report", "pathline.compat.torchdiffeq", "pathline.posterior"),
-    *("pathline.control.problems", "pathline.export_policy"),
+    *("pathline.control.problems", "pathline.export_policy", "pathline.games"),
 )
 COMMANDS = (
     *("fit density", "fit posterior", "fit conditional", "sample", "score", "check", "report"),
@@ -156,7 +156,7 @@ def folder(tmp_path, monkeypatch):
 
 RUNNING = (
     *("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family", "posterior"),
-    *("calibration", "control"),
+    *("calibration", "control", "games"),
 )
 PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
 EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)
@@ -170,7 +170,7 @@ def test_python_of_a_page_runs(name, folder, capsys):
 def test_commands_of_the_readme_run(folder, capsys):
     done = []
     for words in command_lines(ROOT / "README.md"):
-        if "run-two/" in words or "run-corridor/" in words:  # two processes; minutes
+        if {"run-two/", "run-corridor/", "run-crowd/"} & set(words):  # two processes; minutes
             continue
         assert main(words) == 0, words
         done.append(words[0])

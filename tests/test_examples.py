@@ -1,5 +1,6 @@
 """Every example runs, shortened, and gives a figure that is right by other means."""
 
+import math
 import os
 import runpy
 from pathlib import Path
@@ -48,8 +49,20 @@ def test_gradient(monkeypatch):
     assert found["exact"](-50.0) == (pytest.approx(start), pytest.approx(slope))
 
 
+def test_crowd(monkeypatch):
+    found = run("plot_crowd.py", monkeypatch)
+    # 60 exp(-|z - (1/2, 0)|^2) averaged over N((0, h), 1/4 I), and over h from 3 to -3.
+    pillar = 40 / 6 * math.exp(-1 / 6) * math.sqrt(1.5 * math.pi) * math.erf(3 / math.sqrt(1.5))
+    assert found["straight_cost"] == pytest.approx(18 + pillar, rel=0.01)
+    assert found["cost"]["total"] < found["straight_cost"] - 3
+    # Jensen's inequality: no way of moving the mean costs less.
+    x, crowd = found["x"], found["crowd"]
+    shift = (crowd.push(x) - x).mean(0)
+    assert found["cost"]["transport"] > 0.5 * shift.square().sum() > 15
+
+
 def test_every_example_is_tested():
-    tested = {"plot_density.py", "plot_custom_table.py", "plot_gradient.py"}
+    tested = {"plot_density.py", "plot_custom_table.py", "plot_gradient.py", "plot_crowd.py"}
     assert {name for name in os.listdir(EXAMPLES) if name.endswith(".py")} == tested
 
 

@@ -12,7 +12,7 @@ import pathline
 
 SOURCE = Path(pathline.__file__).parent
 FLOORS = {
-    0: ("calculus", "data", "plots", "control_plots", "errors"),
+    0: ("calculus", "data", "plots", "control_plots", "games_plots", "errors"),
     1: ("integrate", "nets", "native"),
     2: ("control", "train", "optim", "compat"),
     3: (
@@ -20,7 +20,10 @@ FLOORS = {
         "control.problems",
     ),
     4: ("estimators", "models", "export", "export_policy", "convert"),
-    5: ("cli", "reproduce", "report", "posterior_report", "control_report", "__main__"),
+    5: (
+        *("cli", "reproduce", "report", "posterior_report", "control_report", "games_report"),
+        "__main__",
+    ),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 # Beyond "no upward import": what each may use of its neighbours and of the floors below.

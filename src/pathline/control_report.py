@@ -91,7 +91,7 @@ def write_control_report(run: Path, policy: Policy | None = None) -> None:
     write_report(run / "report.html", head["title"], sections)
 
 
-def read_run(run: Path, kind: str, what: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def read_run(run: Path, kind: str, what: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics and log of a finished run of that kind.
 
     Raises:
@@ -103,7 +103,7 @@ def read_run(run: Path, kind: str, what: str) -> tuple[dict[str, Any], list[dict
     return metrics, read_log(run)
 
 
-def read_log(run: Path) -> list[dict[str, float]]:
+def read_log(run: Path) -> list[dict[str, Any]]:
     """The entries of log.jsonl."""
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

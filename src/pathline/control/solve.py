@@ -92,7 +92,7 @@ def solve(
     starts, judges = problem.initial(STARTS, generator), problem.initial(JUDGES, generator)
     judges[0] = problem.nominal()
     if policy is None:
-        if progress and base != "none" and not resume:
+        if progress and base != "none" and problem.interaction is None and not resume:
             print("solving from the nominal start, to begin with", file=sys.stderr, flush=True)
         policy = _first_policy(problem, starts, judges, width, depth, steps, base, seed)
     if double:

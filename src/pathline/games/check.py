@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..control import rollout
+from ..control.rollout import rollout
 from ..errors import ShapeError
+from .equilibrium import fresh
 
 if TYPE_CHECKING:
     from .equilibrium import Equilibrium
 
-PARTICLES = 4096
 COARSE, FINE = 16, 32  # time steps of the costs
 TIME_TOLERANCE = 0.02  # change of the total from COARSE to FINE steps, relative
 RESIDUAL_TOLERANCE = 0.2  # HJB residual and terminal error, over the total
@@ -64,9 +64,7 @@ def check_game(
         ShapeError: `starts` has another shape.
     """
     game = equilibrium.problem
-    generator = torch.Generator().manual_seed(int(np.random.default_rng((seed, 2)).integers(2**62)))
-    if starts is None:
-        starts = game.initial(PARTICLES, generator)
+    starts = fresh(game, seed) if starts is None else starts
     if starts.ndim != 2 or starts.shape[1] != game.dim or len(starts) < 2:
         raise ShapeError(f"`starts` must be (batch, {game.dim}), got {tuple(starts.shape)}")
     x = starts.to(equilibrium.like)
@@ -84,7 +82,7 @@ def check_game(
     size = max(abs(cost["total"]), 1e-12)
     gap = (equilibrium.value(game.horizon, path.z) - G - variation).abs().mean().item()
     each = path.running_cost + G + share
-    back = game.target.sample(len(x), generator).to(x)
+    back = game.target.sample(len(x), torch.Generator().manual_seed(seed)).to(x)
     ratio = (equilibrium.log_density(back, steps=FINE) - game.target.log_prob(back)).exp().double()
     found: dict[str, Any] = {
         "problem": game.name,

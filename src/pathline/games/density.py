@@ -1,5 +1,8 @@
 """Densities that a user gives as distributions, as flows, or by samples."""
 
+import copy
+from typing import TypeAlias
+
 import torch
 from torch import Generator, Tensor
 from torch.distributions import (
@@ -13,7 +16,7 @@ from torch.distributions import (
 from ..errors import ArgumentError, DataError, ShapeError
 from ..flows import Flow
 
-Given = Distribution | Flow | Tensor
+Given: TypeAlias = Distribution | Flow | Tensor
 
 LEAST_SAMPLES = 10
 
@@ -37,7 +40,7 @@ class Density:
         if isinstance(given, Flow):
             if given.context_dim:
                 raise ArgumentError(f"`{name}` must be a flow without context")
-            given = given()
+            given = copy.deepcopy(given).double()()
         if not isinstance(given, Distribution) or len(given.event_shape) != 1 or given.batch_shape:
             what = type(given).__name__
             if isinstance(given, Distribution):
@@ -46,7 +49,7 @@ class Density:
                 f"`{name}` must be one distribution of vectors, a flow, or samples (rows, dim), "
                 f"got {what}"
             )
-        self.distribution, self.dim = given, given.event_shape[0]
+        self.distribution, self.dim = _doubled(given), given.event_shape[0]
         self.dtype = self.sample(1, torch.Generator().manual_seed(0)).dtype
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -59,6 +62,17 @@ class Density:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(seed)
             return self.distribution.sample((count,))
+
+
+def _doubled(given: Distribution) -> Distribution:
+    """A copy in double precision, in which derivatives are tested by differences."""
+    found = copy.copy(given)
+    for name, value in vars(given).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            vars(found)[name] = value.double()
+        elif isinstance(value, Distribution):
+            vars(found)[name] = _doubled(value)
+    return found
 
 
 def _kernel_density(samples: Tensor, name: str) -> Distribution:

@@ -4,17 +4,26 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..control import Policy, rollout
+from ..control import Policy
+from ..control.rollout import rollout
 from ..errors import ArgumentError
 from .game import MeanFieldGame
 
 if TYPE_CHECKING:
     from .check import GameCheck
 
+PARTICLES = 4096
 CHUNK = 8192  # rows moved at once
+
+
+def fresh(game: MeanFieldGame, seed: int) -> Tensor:
+    """Particles from the initial density, (4096, dim), others than training with this seed has."""
+    seed = int(np.random.default_rng((seed, 2)).integers(2**62))
+    return game.initial(PARTICLES, torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,8 @@ class Equilibrium(Policy):
         """What the population pays on average, by term, each with its weight, and in total.
 
         Args:
-            x: particles at time 0, (batch, dim); 4,096 drawn from the initial density by default.
+            x: particles at time 0, (batch, dim); by default 4,096 drawn from the initial density,
+                others than in training.
             steps: in time, even.
             seed: of the draw.
 
@@ -134,7 +144,7 @@ class Equilibrium(Policy):
             raise ArgumentError(f"`steps` must be even and at least 2, got {steps}")
         game = self.problem
         if x is None:
-            x = game.initial(4096, torch.Generator().manual_seed(seed))
+            x = fresh(game, seed)
         crowd = self.crowd(x, steps=steps)
         terms = game.terms(crowd.states, crowd.velocities, crowd.log_density)
         # Simpson's rule.

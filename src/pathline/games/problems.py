@@ -69,24 +69,35 @@ def _demand_plane(dim: int) -> None:
         raise ArgumentError(f"`dim` must be at least 2, got {dim}")
 
 
+LEARNING = {"width": 32, "steps": 4, "batch_size": 1024, "max_steps": 1500}
 GAMES: dict[str, Named] = {
     "transport": Named(
         transport,
         "eight Gaussians move to one, in any dimension",
         frozenset({"dim"}),
-        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0), "max_steps": 1000},
+        LEARNING
+        | {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0), "learning_rate": 0.03},
     ),
     "crowd-motion": Named(
         crowd_motion,
         "a crowd passes an obstacle, in any dimension",
         frozenset({"dim", "strength"}),
-        {"weights": Weights(hjb=20.0, terminal=1.0, terminal_gradient=0.0), "max_steps": 1000},
+        LEARNING
+        | {
+            "weights": Weights(hjb=20.0, terminal=1.0, terminal_gradient=0.0),
+            "learning_rate": 0.05,
+        },
     ),
     "shift": Named(
         shift,
         "a Gaussian moves to another place; its value function is a quadratic",
         frozenset({"dim"}),
-        {"weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0), "max_steps": 1000},
+        LEARNING
+        | {
+            "weights": Weights(hjb=3.0, terminal=3.0, terminal_gradient=0.0),
+            "learning_rate": 0.1,
+            "max_steps": 600,
+        },
     ),
 }
 

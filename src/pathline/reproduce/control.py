@@ -104,14 +104,14 @@ def solve_named(
     name: str,
     arguments: RunArguments,
     size: str,
+    options: Mapping[str, Any] | None = None,
     *,
     changed: Mapping[str, Any] | None = None,
     finish: Callable[..., dict[str, Any]] = finish_control,
-    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """The policy of a problem or a game, with its settings but for those `changed`, and what
     `finish` found."""
-    problem = make(name, NAMED, **options)
+    problem = make(name, NAMED, **options or {})
     chosen = settings(problem, NAMED) | dict(changed or {})
     if size == "full":
         chosen["max_steps"] *= FULL
@@ -139,7 +139,7 @@ def run_robustness(arguments: RunArguments, size: str) -> Outcome:
     for label, options in (("without noise", {}), ("with noise", {"noise": NOISE})):
         part = arguments.out / "checkpoint" / label.replace(" ", "-")
         own = RunArguments(part, arguments.seed, arguments.max_steps, None, True)
-        policies[label], _ = solve_named("quadcopter", own, size, **options)
+        policies[label], _ = solve_named("quadcopter", own, size, options)
     noisy = policies["with noise"].problem
     x = noisy.nominal().expand(FLIGHTS, -1)
     table: list[list[str]] = [["trained", "mean cost in noise", "sd of the mean", "worst"]]
