@@ -38,6 +38,10 @@ class Operator(nn.Module):
         """K^T y, (batch, inputs, ...), of y (batch, outputs, ...)."""
         raise NotImplementedError
 
+    def bound(self) -> Tensor:
+        """An upper bound of the largest singular value for every image size, (); differentiable."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"{self.inputs}, {self.outputs}"
 
@@ -71,6 +75,10 @@ class Dense(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return F.linear(y, self.weight.mT)
+
+    def bound(self) -> Tensor:
+        """The norm itself."""
+        return torch.linalg.matrix_norm(self.weight, 2)
 
 
 class Conv(Operator):
@@ -116,6 +124,10 @@ class Conv(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return convolve(y, transposed(self.weight, self.groups), self.padding, self.groups)
+
+    def bound(self) -> Tensor:
+        """As `kernel_bound`."""
+        return kernel_bound(self.weight, self.groups)
 
 
 class LeanConv(Operator):
@@ -175,6 +187,11 @@ class LeanConv(Operator):
         kernel = transposed(self._kernel(), self.groups)
         return convolve(y, kernel, self.padding, self.groups) + _mix(y, self.pointwise.mT)
 
+    def bound(self) -> Tensor:
+        """The sum of those of its parts."""
+        pointwise = torch.linalg.matrix_norm(self.pointwise, 2)
+        return kernel_bound(self._kernel(), self.groups) + pointwise
+
 
 class CirculantConv(Operator):
     """A convolution whose kernel from channel j to i depends on i - j modulo c alone.
@@ -207,6 +224,10 @@ class CirculantConv(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self._multiply(y, self.weight.flip(0).roll(1, 0).flip(1, 2))
+
+    def bound(self) -> Tensor:
+        """The largest, over the waves of channels, of the sums of its taps' absolute values."""
+        return torch.fft.rfft(self.weight, dim=0).abs().sum((1, 2)).max()
 
     def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
         c = self.inputs
@@ -246,6 +267,10 @@ class ShiftConv(Operator):
     def adjoint(self, y: Tensor) -> Tensor:
         return self.shift(_mix(y, self.weight.mT), -1)
 
+    def bound(self) -> Tensor:
+        """The norm itself."""
+        return torch.linalg.matrix_norm(self.weight, 2)
+
     def shift(self, x: Tensor, way: int = 1) -> Tensor:
         """S x, or S^T x where `way` is -1; (batch, channels, height, width) both."""
         parts = x.tensor_split(len(self.offsets), dim=1)
@@ -268,6 +293,23 @@ def transposed(weight: Tensor, groups: int = 1) -> Tensor:
     """The kernels of the adjoint of `convolve`, for odd sizes and either padding."""
     split = weight.flip(2, 3).unflatten(0, (groups, -1))
     return split.transpose(1, 2).flatten(0, 1)
+
+
+def kernel_bound(weight: Tensor, groups: int = 1) -> Tensor:
+    """A bound, (), of the norm of `convolve` by kernels (outputs, inputs / groups, k, k).
+
+    k times the least norm of four matrices in which the kernels can be written.
+
+    Source: Singla and Feizi, Fantastic four, ICLR 2021, arXiv 1911.10258, theorem 1.
+    """
+    split = weight.unflatten(0, (groups, -1))  # (groups, out, in, k, k)
+    orders = ((1, 2, 3, 4), (1, 3, 2, 4), (1, 4, 2, 3), (1, 3, 4, 2))
+    ends = (1, 2, 2, 3)  # axes of the rows
+    norms = [
+        torch.linalg.matrix_norm(split.permute(0, *order).flatten(1 + end).flatten(1, end), 2).max()
+        for order, end in zip(orders, ends, strict=True)
+    ]
+    return weight.shape[-1] * torch.stack(norms).min()
 
 
 def operator_norm(

@@ -1,0 +1,39 @@
+"""Deep networks as differential equations."""
+
+from .architectures import imexnet as imexnet
+from .architectures import pde_cnn as pde_cnn
+from .dynamics import Antisymmetric as Antisymmetric
+from .dynamics import Augmented as Augmented
+from .dynamics import Dynamics as Dynamics
+from .dynamics import Hamiltonian as Hamiltonian
+from .dynamics import Pair as Pair
+from .dynamics import Parabolic as Parabolic
+from .dynamics import Residual as Residual
+from .dynamics import SecondOrder as SecondOrder
+from .dynamics import TwoLayerHamiltonian as TwoLayerHamiltonian
+from .invertible import InvertibleBlock as InvertibleBlock
+from .multigrid import Multigrid as Multigrid
+from .multigrid import MultigridBlock as MultigridBlock
+from .net import ContinuousNet as ContinuousNet
+from .net import Evolution as Evolution
+from .semi_implicit import SemiImplicit as SemiImplicit
+
+__all__ = [
+    "Antisymmetric",
+    "Augmented",
+    "ContinuousNet",
+    "Dynamics",
+    "Evolution",
+    "Hamiltonian",
+    "InvertibleBlock",
+    "Multigrid",
+    "MultigridBlock",
+    "Pair",
+    "Parabolic",
+    "Residual",
+    "SecondOrder",
+    "SemiImplicit",
+    "TwoLayerHamiltonian",
+    "imexnet",
+    "pde_cnn",
+]

@@ -1,0 +1,135 @@
+"""Published networks for images, put together from the parts of this package."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, unknown
+from ..nets import Conv, Operator, TimeBasis
+from .dynamics import Dynamics, Parabolic, SecondOrder, TwoLayerHamiltonian
+from .net import ContinuousNet
+from .semi_implicit import SemiImplicit
+
+OperatorMaker = Callable[[int], Operator]
+KINDS = ("parabolic", "hamiltonian", "second-order")
+
+
+def pde_cnn(
+    kind: str,
+    *,
+    channels: int = 3,
+    classes: int = 10,
+    widths: Sequence[int] = (32, 64, 112, 112),
+    steps: int = 3,
+    h: float = 1.0,
+    operator: OperatorMaker = Conv,
+    norm: bool = True,
+    gradient: str = "discrete",
+    seed: int = 0,
+) -> ContinuousNet:
+    """A classifier of images (batch, channels, height, width) by a partial differential equation.
+
+    A 3x3 opening layer; blocks of `steps` steps with weights of their own, of widths[0],
+    widths[1], ...; after each a 1x1 layer to the next width and 2x2 average pooling, of all pixels
+    after the last; and an affine classifier. The published networks, counts of weights in brackets:
+    (16, 32, 64, 128, 128) for STL-10 (618554; Hamiltonian 324794), the default for CIFAR-10
+    (502570; 264106), (32, 64, 128, 256) with 100 classes for CIFAR-100 (652484; 362180).
+
+    Args:
+        kind: "parabolic", "hamiltonian" (first-order hyperbolic; half the weights, reversible) or
+            "second-order" (hyperbolic, leapfrog; reversible).
+        channels, classes: of images and labels.
+        widths: of the blocks, and of the classifier; at least two.
+        steps, h: of each block, and their length.
+        operator: what couples the channels of a layer, such as `nets.LeanConv`.
+        norm: have a `ChannelNorm` inside the layers, as published; with it no bound of stability
+            is known.
+        gradient: as in `Evolution`.
+        seed: of the initial weights.
+
+    Raises:
+        ArgumentError: the kind is not known, or there are no two widths.
+
+    Source: Ruthotto and Haber, Deep neural networks motivated by partial differential equations,
+    JMIV 2020, arXiv 1804.04272, section 4; and the authors' Meganet (examples of 2018).
+    """
+    if kind not in KINDS:
+        raise ArgumentError(unknown("`kind`", str(kind), KINDS))
+    if len(widths) < 2:
+        raise ArgumentError(f"`widths` must be at least two, got {tuple(widths)}")
+    time = TimeBasis("piecewise-constant", steps, steps * h)
+
+    def block(width: int) -> Dynamics:
+        if kind == "parabolic":
+            return Parabolic(operator(width), time, norm=norm)
+        if kind == "second-order":
+            return SecondOrder(operator(width), time, norm=norm)
+        half = width // 2
+        return TwoLayerHamiltonian(operator(half), operator(half), time, norm=norm)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        opening = image_layer(channels, widths[0], size=3)
+        stages: list[nn.Module] = []
+        for width, after in pairwise(widths):
+            stages += [block(width), image_layer(width, after, size=1), nn.AvgPool2d(2)]
+        stages[-1] = nn.AdaptiveAvgPool2d(1)
+        head = nn.Sequential(nn.Flatten(), nn.Linear(widths[-1], classes))
+        return ContinuousNet(opening, stages, head, steps=steps, gradient=gradient)
+
+
+def imexnet(
+    *,
+    channels: int = 1,
+    classes: int = 4,
+    widths: Sequence[int] = (64, 128, 256),
+    steps: int = 3,
+    h: float = 1.0,
+    implicit: bool = True,
+    form: str = "imex",
+    boundary: str = "periodic",
+    norm: bool = True,
+    gradient: str = "discrete",
+    seed: int = 0,
+) -> ContinuousNet:
+    """Labels of pixels by semi-implicit steps, whose field of view is the whole image.
+
+    For each width a 3x3 layer that leads to it, and `steps` steps of `SemiImplicit`; then a 1x1
+    classifier, of logits (batch, classes, height, width). The defaults have the 2691648 weights in
+    full 3x3 kernels of the published network for Q-tips, and 12096 in the implicit ones (the paper
+    counts 9792 of these).
+
+    Args:
+        channels, classes: of images and labels.
+        widths: of the groups of layers.
+        steps, h: of each group, and their length.
+        implicit: False leaves the implicit part out, for comparison.
+        form, boundary: as in `SemiImplicit`.
+        norm: have a `ChannelNorm` inside the layers.
+        gradient: as in `Evolution`.
+        seed: of the initial weights.
+
+    Source: Haber, Lensink, Treister, Ruthotto, IMEXnet, ICML 2019, arXiv 1903.02639. Its layers
+    are K^T relu(N(K z)) with K of zero mean; these are minus that, the parabolic layer.
+    """
+    time = TimeBasis("piecewise-constant", steps, steps * h)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stages: list[nn.Module] = []
+        for before, width in pairwise((channels, *widths)):
+            explicit = Parabolic(Conv(width), time, norm=norm)
+            block = SemiImplicit(explicit, width, form=form, boundary=boundary)
+            stages += [image_layer(before, width, size=3), block if implicit else explicit]
+        head = nn.Conv2d(widths[-1], classes, 1)
+        return ContinuousNet(None, stages, head, steps=steps, gradient=gradient)
+
+
+def image_layer(inputs: int, outputs: int, *, size: int) -> nn.Sequential:
+    """relu(batch norm(convolution)), which changes the width between blocks."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
