@@ -1,5 +1,6 @@
 """Deep networks as differential equations."""
 
+from .architectures import dense_net as dense_net
 from .architectures import imexnet as imexnet
 from .architectures import pde_cnn as pde_cnn
 from .dynamics import Antisymmetric as Antisymmetric
@@ -16,11 +17,15 @@ from .multigrid import Multigrid as Multigrid
 from .multigrid import MultigridBlock as MultigridBlock
 from .net import ContinuousNet as ContinuousNet
 from .net import Evolution as Evolution
+from .objectives import Classification as Classification
+from .objectives import Regression as Regression
+from .objectives import Supervised as Supervised
 from .semi_implicit import SemiImplicit as SemiImplicit
 
 __all__ = [
     "Antisymmetric",
     "Augmented",
+    "Classification",
     "ContinuousNet",
     "Dynamics",
     "Evolution",
@@ -30,10 +35,13 @@ __all__ = [
     "MultigridBlock",
     "Pair",
     "Parabolic",
+    "Regression",
     "Residual",
     "SecondOrder",
     "SemiImplicit",
+    "Supervised",
     "TwoLayerHamiltonian",
+    "dense_net",
     "imexnet",
     "pde_cnn",
 ]

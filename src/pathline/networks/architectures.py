@@ -1,4 +1,4 @@
-"""Published networks for images, put together from the parts of this package."""
+"""Networks put together from the parts of this package: published ones, and one for tables."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -6,14 +6,23 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, unknown
-from ..nets import Conv, Operator, TimeBasis
-from .dynamics import Dynamics, Parabolic, SecondOrder, TwoLayerHamiltonian
+from ..errors import ArgumentError, ShapeError, unknown
+from ..nets import Conv, Dense, Operator, TimeBasis
+from .dynamics import (
+    Antisymmetric,
+    Dynamics,
+    Hamiltonian,
+    Parabolic,
+    Residual,
+    SecondOrder,
+    TwoLayerHamiltonian,
+)
 from .net import ContinuousNet
 from .semi_implicit import SemiImplicit
 
 OperatorMaker = Callable[[int], Operator]
 KINDS = ("parabolic", "hamiltonian", "second-order")
+DENSE_KINDS = ("residual", "antisymmetric", *KINDS)
 
 
 def pde_cnn(
@@ -133,3 +142,56 @@ def image_layer(inputs: int, outputs: int, *, size: int) -> nn.Sequential:
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
     )
+
+
+def dense_net(
+    kind: str,
+    inputs: int,
+    outputs: int,
+    *,
+    width: int = 16,
+    steps: int = 8,
+    time: TimeBasis | None = None,
+    gamma: float = 0.0,
+    method: str | None = None,
+    gradient: str = "discrete",
+    seed: int = 0,
+) -> ContinuousNet:
+    """A network for rows of a table: an affine opening layer, a dense dynamics, an affine head.
+
+    Args:
+        kind: "residual", "antisymmetric", "hamiltonian", "parabolic" or "second-order".
+        inputs, outputs: columns of each.
+        width: features; even for "hamiltonian", which splits them.
+        steps: time steps.
+        time: basis and horizon of the weights; each step its own, and 5, by default.
+        gamma: diffusion of "antisymmetric".
+        method, gradient: as in `Evolution`.
+        seed: of the initial weights.
+
+    Raises:
+        ArgumentError: the kind is not known.
+        ShapeError: an odd width is to be split.
+
+    Source: Haber and Ruthotto, Inverse Problems 34, 2017, arXiv 1705.03341.
+    """
+    if kind not in DENSE_KINDS:
+        raise ArgumentError(unknown("`kind`", str(kind), DENSE_KINDS))
+    if kind == "hamiltonian" and width % 2:
+        raise ShapeError(f"`width` must be even for kind 'hamiltonian', got {width}")
+    time = TimeBasis("piecewise-constant", steps, 5.0) if time is None else time
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dynamics: Dynamics
+        if kind == "residual":
+            dynamics = Residual(Dense(width), time)
+        elif kind == "antisymmetric":
+            dynamics = Antisymmetric(Dense(width), time, gamma=gamma)
+        elif kind == "hamiltonian":
+            dynamics = Hamiltonian(Dense(width // 2), time)
+        elif kind == "parabolic":
+            dynamics = Parabolic(Dense(width), time, activation="tanh")
+        else:
+            dynamics = SecondOrder(Dense(width), time, activation="tanh")
+        opening, head = nn.Linear(inputs, width), nn.Linear(width, outputs)
+        return ContinuousNet(opening, dynamics, head, method=method, steps=steps, gradient=gradient)
