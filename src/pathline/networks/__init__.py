@@ -3,6 +3,8 @@
 from .architectures import dense_net as dense_net
 from .architectures import imexnet as imexnet
 from .architectures import pde_cnn as pde_cnn
+from .attacks import fgsm as fgsm
+from .attacks import pgd as pgd
 from .dynamics import Antisymmetric as Antisymmetric
 from .dynamics import Augmented as Augmented
 from .dynamics import Dynamics as Dynamics
@@ -21,6 +23,9 @@ from .objectives import Classification as Classification
 from .objectives import Regression as Regression
 from .objectives import Supervised as Supervised
 from .semi_implicit import SemiImplicit as SemiImplicit
+from .stability import EvolutionReport as EvolutionReport
+from .stability import StabilityReport as StabilityReport
+from .stability import stability_report as stability_report
 
 __all__ = [
     "Antisymmetric",
@@ -29,6 +34,7 @@ __all__ = [
     "ContinuousNet",
     "Dynamics",
     "Evolution",
+    "EvolutionReport",
     "Hamiltonian",
     "InvertibleBlock",
     "Multigrid",
@@ -39,9 +45,13 @@ __all__ = [
     "Residual",
     "SecondOrder",
     "SemiImplicit",
+    "StabilityReport",
     "Supervised",
     "TwoLayerHamiltonian",
     "dense_net",
+    "fgsm",
     "imexnet",
     "pde_cnn",
+    "pgd",
+    "stability_report",
 ]
