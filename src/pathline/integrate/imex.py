@@ -40,8 +40,9 @@ class Split:
         explicit: callable `(t, z) -> dz`, what is left of the velocity; not stiff.
         linear: A, as a (dim, dim) matrix for the last axis of z, as its (dim,) diagonal, or as an
             object with `A(z)` and `A.solve(z, scale)`, the solution x of x - scale A x = z. There,
-            `scale` is a number or a tensor that broadcasts against z. An object with `at(t)`, which
-            gives such a map, stands for an A that changes in time, and needs neither.
+            `scale` is a number or a tensor that broadcasts against z. It may have
+            `A.solve_slope(z, scale)`, A x of that x, where this is cheaper at once. An object with
+            `at(t)`, which gives such a map, stands for an A that changes in time, and needs none.
 
     Raises:
         ArgumentError: `explicit` can't be called, or `linear` is neither a tensor nor such an
@@ -119,6 +120,14 @@ class Split:
             return lambda z: z / (1 - scale * a)
         return _Factored(a, scale)
 
+    def slopes(self, scale: Scalar, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """z -> (I - scale A)^-1 A z; by `A.solve_slope(z, scale)` where the object has that."""
+        at_once = getattr(self.linear, "solve_slope", None)
+        if at_once is not None:
+            return lambda z: at_once(z, scale)
+        solve = self.solver(scale, dtype)
+        return lambda z: solve(self.apply(z))
+
 
 class _Factored:
     """The solver of a matrix; `scale` is a number, (), or (batch, 1, ...) beside states."""
@@ -189,13 +198,14 @@ class ImexRungeKutta(EmbeddedMethod):
         last = len(ts) - 1
         for i, t in enumerate(ts):
             y = combine(combine(z, tables[0].a[i], ks, dt), tables[1].a[i][:i], ls, dt)
-            slope = split.apply(y)
             weight = tables[1].a[i][i]
             if weight != 0.0:
                 if weight not in solvers:
-                    solvers[weight] = split.solver(weight * dt, z.dtype)
-                slope = solvers[weight](slope)
+                    solvers[weight] = split.slopes(weight * dt, z.dtype)
+                slope = solvers[weight](y)
                 y = combine(y, (weight,), (slope,), dt)
+            else:
+                slope = split.apply(y) if self._uses(i) else y
             ls.append(slope)
             # The difference is rounded as A z is; it must pass through a solve, or come with A z.
             known = i == 0 and bool(carry) and self.adaptive
@@ -203,7 +213,14 @@ class ImexRungeKutta(EmbeddedMethod):
                 continue  # nobody asks for this slope
             ks.append(carry[0] - slope if known else explicit(t, y))
         z_next = combine(combine(z, tables[0].b, ks, dt), tables[1].b, ls, dt)
-        return Step(z_next, (), [k + slope for k, slope in zip(ks, ls, strict=False)])
+        if not self.adaptive:
+            return Step(z_next, (), ())
+        return Step(z_next, (), [k + slope for k, slope in zip(ks, ls, strict=True)])
+
+    def _uses(self, i: int) -> bool:
+        """Somebody asks for the slope of the linear part at stage i."""
+        rows = (*self.pair.implicit.a[i + 1 :], self.pair.implicit.b)
+        return self.adaptive or any(row[i] != 0.0 for row in rows)
 
     @staticmethod
     def _parts(field: Field, t: Tensor) -> tuple[Split, Velocity]:

@@ -59,8 +59,8 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, z: Tensor) -> Tensor:
-        length = (z.square().sum(1, keepdim=True) + SMALL).sqrt()
-        return per_channel(self.scale, z) * (z / length) + per_channel(self.bias, z)
+        inverse = (z.square().sum(1, keepdim=True) + SMALL).rsqrt()
+        return torch.addcmul(per_channel(self.bias, z), z * inverse, per_channel(self.scale, z))
 
 
 class Layer(nn.Module):
