@@ -8,13 +8,14 @@ from torch import nn
 from .control import Policy, Problem
 from .errors import ModelError
 from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
+from .networks.architectures import made_again
 from .train.files import read_model, save
 
 __all__ = ["load", "metadata", "save"]
 
 MODELS: dict[str, Any] = {
     kind.__name__: kind for kind in (CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap, Policy)
-}
+} | {"ContinuousNet": made_again}
 
 
 def load(folder: str | Path) -> Any:

@@ -254,7 +254,7 @@ class TimeWeights(nn.Module):
     def frozen(self, t: float | Tensor) -> nn.Module:
         """The module as it is at time `t`."""
         module, time = copy.deepcopy(self.module), torch.as_tensor(t, dtype=torch.float64)
-        _swap(module, lambda stack: self.basis.at(time, stack).clone())
+        _swap(module, lambda stack: self.basis.at(time.to(stack.device), stack).clone())
         return module
 
     def refined(self, order: int) -> "TimeWeights":

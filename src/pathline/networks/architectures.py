@@ -1,13 +1,17 @@
 """Networks put together from the parts of this package: published ones, and one for tables."""
 
+import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import wraps
 from itertools import pairwise
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError, ShapeError, unknown
-from ..nets import Conv, Dense, Operator, TimeBasis
+from ..nets import CirculantConv, Conv, Dense, LeanConv, Operator, ShiftConv, TimeBasis
 from .dynamics import (
     Antisymmetric,
     Dynamics,
@@ -20,11 +24,41 @@ from .dynamics import (
 from .net import ContinuousNet
 from .semi_implicit import SemiImplicit
 
-OperatorMaker = Callable[[int], Operator]
+P = ParamSpec("P")
+OPERATORS: dict[str, Callable[[int], Operator]] = {
+    "full": Conv,
+    "lean": LeanConv,
+    "circulant": CirculantConv,
+    "shift": ShiftConv,
+}
 KINDS = ("parabolic", "hamiltonian", "second-order")
 DENSE_KINDS = ("residual", "antisymmetric", *KINDS)
 
 
+def _recorded(make: Callable[P, ContinuousNet]) -> Callable[P, ContinuousNet]:
+    """The network remembers how it was made, so that it can be saved and made again."""
+    signature = inspect.signature(make)
+
+    @wraps(make)
+    def recorded(*args: P.args, **kwargs: P.kwargs) -> ContinuousNet:
+        net = make(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        options = {name: _plain(value) for name, value in given.arguments.items()}
+        net.made = {"name": make.__name__, "options": options}
+        return net
+
+    return recorded
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON gives it back."""
+    if isinstance(value, TimeBasis):
+        return asdict(value)
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+@_recorded
 def pde_cnn(
     kind: str,
     *,
@@ -33,7 +67,7 @@ def pde_cnn(
     widths: Sequence[int] = (32, 64, 112, 112),
     steps: int = 3,
     h: float = 1.0,
-    operator: OperatorMaker = Conv,
+    operator: str = "full",
     norm: bool = True,
     gradient: str = "discrete",
     seed: int = 0,
@@ -52,31 +86,35 @@ def pde_cnn(
         channels, classes: of images and labels.
         widths: of the blocks, and of the classifier; at least two.
         steps, h: of each block, and their length.
-        operator: what couples the channels of a layer, such as `nets.LeanConv`.
+        operator: what couples the channels of a layer: "full" 3x3 kernels, or a "lean" (5-point),
+            "circulant" or "shift" one, see `pathline.nets`.
         norm: have a `ChannelNorm` inside the layers, as published; with it no bound of stability
             is known.
         gradient: as in `Evolution`.
         seed: of the initial weights.
 
     Raises:
-        ArgumentError: the kind is not known, or there are no two widths.
+        ArgumentError: a name is not known, or there are no two widths.
 
     Source: Ruthotto and Haber, Deep neural networks motivated by partial differential equations,
     JMIV 2020, arXiv 1804.04272, section 4; and the authors' Meganet (examples of 2018).
     """
     if kind not in KINDS:
         raise ArgumentError(unknown("`kind`", str(kind), KINDS))
+    if operator not in OPERATORS:
+        raise ArgumentError(unknown("`operator`", str(operator), OPERATORS))
+    couple = OPERATORS[operator]
     if len(widths) < 2:
         raise ArgumentError(f"`widths` must be at least two, got {tuple(widths)}")
     time = TimeBasis("piecewise-constant", steps, steps * h)
 
     def block(width: int) -> Dynamics:
         if kind == "parabolic":
-            return Parabolic(operator(width), time, norm=norm)
+            return Parabolic(couple(width), time, norm=norm)
         if kind == "second-order":
-            return SecondOrder(operator(width), time, norm=norm)
+            return SecondOrder(couple(width), time, norm=norm)
         half = width // 2
-        return TwoLayerHamiltonian(operator(half), operator(half), time, norm=norm)
+        return TwoLayerHamiltonian(couple(half), couple(half), time, norm=norm)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,6 +127,7 @@ def pde_cnn(
         return ContinuousNet(opening, stages, head, steps=steps, gradient=gradient)
 
 
+@_recorded
 def imexnet(
     *,
     channels: int = 1,
@@ -144,6 +183,7 @@ def image_layer(inputs: int, outputs: int, *, size: int) -> nn.Sequential:
     )
 
 
+@_recorded
 def dense_net(
     kind: str,
     inputs: int,
@@ -195,3 +235,13 @@ def dense_net(
             dynamics = SecondOrder(Dense(width), time, activation="tanh")
         opening, head = nn.Linear(inputs, width), nn.Linear(width, outputs)
         return ContinuousNet(opening, dynamics, head, method=method, steps=steps, gradient=gradient)
+
+
+ARCHITECTURES = {"dense_net": dense_net, "imexnet": imexnet, "pde_cnn": pde_cnn}
+
+
+def made_again(name: str, options: dict[str, Any]) -> ContinuousNet:
+    """A network by what `ContinuousNet.config` says of it, with its first weights."""
+    if isinstance(options.get("time"), dict):
+        options = options | {"time": TimeBasis(**options["time"])}
+    return ARCHITECTURES[name](**options)  # type: ignore[operator]

@@ -151,6 +151,20 @@ class ContinuousNet(nn.Module):
         self.opening = nn.Identity() if opening is None else opening
         self.stages = nn.ModuleList(stages)
         self.head = nn.Identity() if head is None else head
+        self.made: dict[str, Any] | None = None  # by which function, with what arguments
+
+    def config(self) -> dict[str, Any]:
+        """What makes this network again, as `pathline.save` and a run keep it.
+
+        Raises:
+            ArgumentError: it was put together by hand.
+        """
+        if self.made is None:
+            raise ArgumentError(
+                "only networks made by `dense_net`, `pde_cnn` or `imexnet` can be saved as models; "
+                "of others keep the `state_dict()`, and train them without `out`"
+            )
+        return self.made
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, such as the logits (batch, classes), of inputs (batch, ...)."""
