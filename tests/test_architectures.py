@@ -143,6 +143,28 @@ def test_networks_made_by_hand_are_not_saved(tmp_path):
         pl.save(net, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "net, shape, words",
+    [
+        (lambda: pde_cnn("parabolic", widths=(4, 6, 8, 8)), (2, 3, 8, 3), "of at least 4 pixels"),
+        (lambda: pde_cnn("parabolic", widths=(4, 6)), (2, 1, 8, 8), r"\(batch, 3, height, width\)"),
+        (lambda: pde_cnn("parabolic", widths=(4, 6)), (2, 192), r"got \(2, 192\)"),
+        (lambda: imexnet(widths=(4,)), (2, 8, 8), r"\(batch, 1, height, width\)"),
+        (lambda: dense_net("residual", 3, 2), (5, 4), r"rows \(batch, 3\), got \(5, 4\)"),
+    ],
+)
+def test_wrong_inputs(net, shape, words):
+    with pytest.raises(ShapeError, match=words):
+        net()(torch.zeros(shape))
+
+
+def test_the_smallest_image():
+    assert pde_cnn("parabolic", widths=(4, 6, 8, 8)).eval()(torch.zeros(1, 3, 4, 4)).shape == (
+        1,
+        10,
+    )
+
+
 def test_errors():
     with pytest.raises(ArgumentError, match="did you mean 'lean'"):
         pde_cnn("parabolic", operator="leen")

@@ -134,6 +134,28 @@ def test_regularisers_are_sums(made):
     assert_close(dynamics.smoothness(), 0.5 * steps)
 
 
+def test_taylor(made):
+    """J(theta + e d) - J - e g d falls with the square of e; with J(theta + e d) - J, with e."""
+    dynamics, x = made
+    evolution = Evolution(dynamics, steps=3)
+    parameters = list(dynamics.parameters())
+    directions = [torch.randn_like(p) for p in parameters]
+    first = evolution(x).tanh().sum()
+    slopes = torch.autograd.grad(first, parameters)
+    slope = sum((g * d).sum() for g, d in zip(slopes, directions, strict=True))
+    rests = []
+    for size in (1e-5, 1e-6):  # so small that no relu changes its side for most
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p += size * d
+            change = evolution(x).tanh().sum() - first
+            for p, d in zip(parameters, directions, strict=True):
+                p -= size * d
+        rests.append((float(change.detach()), float((change - size * slope).detach())))
+    assert rests[0][0] / rests[1][0] == pytest.approx(10, rel=1e-3)
+    assert abs(rests[0][1]) / abs(rests[1][1]) == pytest.approx(100, rel=0.2)
+
+
 # Schemes
 
 

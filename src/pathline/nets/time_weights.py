@@ -89,14 +89,24 @@ class TimeBasis:
 
     def at(self, t: Tensor, coefficients: Tensor) -> Tensor:
         """sum_k phi_k(t) coefficients[k] at a time, (): looks at those alone that count there."""
+        return self.reader(t)(coefficients)
+
+    def reader(self, t: Tensor) -> Callable[[Tensor], Tensor]:
+        """`at` for many coefficients at one time."""
         if self.polynomial:
-            return torch.tensordot(self.values(t.to(coefficients.dtype)), coefficients, 1)
+            phi = self.values(t)
+            return lambda coefficients: torch.tensordot(phi.to(coefficients), coefficients, 1)
         index, share = self._place(t)
-        found = coefficients.index_select(0, index.view(1)).squeeze(0)
-        if self.name == "piecewise-constant":
-            return found
-        after = coefficients.index_select(0, index.view(1) + 1).squeeze(0)
-        return torch.lerp(found, after, share.to(found.dtype))
+        first = index.view(1)
+
+        def read(coefficients: Tensor) -> Tensor:
+            found = coefficients.index_select(0, first).squeeze(0)
+            if self.name == "piecewise-constant":
+                return found
+            after = coefficients.index_select(0, first + 1).squeeze(0)
+            return torch.lerp(found, after, share.to(found.dtype))
+
+        return read
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The piece that t lies in, and at which share of it."""
@@ -244,8 +254,8 @@ class TimeWeights(nn.Module):
                 f"`t` must be one time for all samples, got {tuple(t.shape)}: weights in time are "
                 "those of a layer"
             )
-        t = t.reshape(())
-        return {name: self.basis.at(t, stack) for name, stack in self.module.named_parameters()}
+        read = self.basis.reader(t.reshape(()))
+        return {name: read(stack) for name, stack in self.module.named_parameters()}
 
     def forward(self, t: Tensor, *inputs: Any, **options: Any) -> Any:
         """The module, with its weights at time `t`, at the inputs."""
@@ -254,7 +264,7 @@ class TimeWeights(nn.Module):
     def frozen(self, t: float | Tensor) -> nn.Module:
         """The module as it is at time `t`."""
         module, time = copy.deepcopy(self.module), torch.as_tensor(t, dtype=torch.float64)
-        _swap(module, lambda stack: self.basis.at(time.to(stack.device), stack).clone())
+        _swap(module, lambda stack: self.basis.at(time.to(stack.device), stack))
         return module
 
     def refined(self, order: int) -> "TimeWeights":

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, ParamSpec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError, unknown
 from ..nets import CirculantConv, Conv, Dense, LeanConv, Operator, ShiftConv, TimeBasis
@@ -118,7 +118,9 @@ def pde_cnn(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        opening = image_layer(channels, widths[0], size=3)
+        opening = nn.Sequential(
+            Inputs(channels, 2 ** (len(widths) - 2)), image_layer(channels, widths[0], size=3)
+        )
         stages: list[nn.Module] = []
         for width, after in pairwise(widths):
             stages += [block(width), image_layer(width, after, size=1), nn.AvgPool2d(2)]
@@ -171,7 +173,38 @@ def imexnet(
             block = SemiImplicit(explicit, width, form=form, boundary=boundary)
             stages += [image_layer(before, width, size=3), block if implicit else explicit]
         head = nn.Conv2d(widths[-1], classes, 1)
-        return ContinuousNet(None, stages, head, steps=steps, gradient=gradient)
+        return ContinuousNet(Inputs(channels, 1), stages, head, steps=steps, gradient=gradient)
+
+
+class Inputs(nn.Module):
+    """Passes on what has the right shape.
+
+    Args:
+        channels: of images, or columns of rows.
+        pixels: the least height and width; None for rows.
+    """
+
+    def __init__(self, channels: int, pixels: int | None = None) -> None:
+        super().__init__()
+        self.channels, self.pixels = channels, pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` itself.
+
+        Raises:
+            ShapeError: it has another shape.
+        """
+        if self.pixels is None:
+            wanted, fits = f"rows (batch, {self.channels})", x.ndim == 2
+        else:
+            wanted = (
+                f"images (batch, {self.channels}, height, width) of at least {self.pixels} pixels "
+                "in height and width"
+            )
+            fits = x.ndim == 4 and min(x.shape[2:]) >= self.pixels
+        if not fits or x.shape[1] != self.channels:
+            raise ShapeError(f"the network needs {wanted}, got {tuple(x.shape)}")
+        return x
 
 
 def image_layer(inputs: int, outputs: int, *, size: int) -> nn.Sequential:
@@ -233,7 +266,8 @@ def dense_net(
             dynamics = Parabolic(Dense(width), time, activation="tanh")
         else:
             dynamics = SecondOrder(Dense(width), time, activation="tanh")
-        opening, head = nn.Linear(inputs, width), nn.Linear(width, outputs)
+        opening = nn.Sequential(Inputs(inputs), nn.Linear(inputs, width))
+        head = nn.Linear(width, outputs)
         return ContinuousNet(opening, dynamics, head, method=method, steps=steps, gradient=gradient)
 
 
