@@ -12,7 +12,6 @@ networks, Inverse Problems 34, 2017 (regularisation in time).
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -116,7 +115,7 @@ class TimeBasis:
         index = (x.detach() * (1 + rounding)).floor().clamp(0, self.order - 1)
         return index.long(), (x - index).clamp(0, 1)
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
         """The integrals of phi_k phi_l over the horizon, (count, count), in double precision."""
         k = torch.arange(self.count, dtype=torch.float64)
@@ -131,7 +130,7 @@ class TimeBasis:
         diagonal[[0, -1]] = 2.0
         return h / 6 * _tridiagonal(diagonal, 1.0)
 
-    @cached_property
+    @property
     def stiffness(self) -> Tensor:
         """The integrals of phi_k' phi_l' over the horizon, (count, count), in double precision.
 

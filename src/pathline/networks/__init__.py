@@ -8,12 +8,8 @@ from .attacks import pgd as pgd
 from .dynamics import Antisymmetric as Antisymmetric
 from .dynamics import Augmented as Augmented
 from .dynamics import Dynamics as Dynamics
-from .dynamics import Hamiltonian as Hamiltonian
-from .dynamics import Pair as Pair
 from .dynamics import Parabolic as Parabolic
 from .dynamics import Residual as Residual
-from .dynamics import SecondOrder as SecondOrder
-from .dynamics import TwoLayerHamiltonian as TwoLayerHamiltonian
 from .invertible import InvertibleBlock as InvertibleBlock
 from .multigrid import Multigrid as Multigrid
 from .multigrid import MultigridBlock as MultigridBlock
@@ -22,6 +18,10 @@ from .net import Evolution as Evolution
 from .objectives import Classification as Classification
 from .objectives import Regression as Regression
 from .objectives import Supervised as Supervised
+from .pairs import Hamiltonian as Hamiltonian
+from .pairs import Pair as Pair
+from .pairs import SecondOrder as SecondOrder
+from .pairs import TwoLayerHamiltonian as TwoLayerHamiltonian
 from .semi_implicit import SemiImplicit as SemiImplicit
 from .stability import EvolutionReport as EvolutionReport
 from .stability import StabilityReport as StabilityReport

@@ -12,16 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError, unknown
 from ..nets import CirculantConv, Conv, Dense, LeanConv, Operator, ShiftConv, TimeBasis
-from .dynamics import (
-    Antisymmetric,
-    Dynamics,
-    Hamiltonian,
-    Parabolic,
-    Residual,
-    SecondOrder,
-    TwoLayerHamiltonian,
-)
+from .dynamics import Antisymmetric, Dynamics, Parabolic, Residual
 from .net import ContinuousNet
+from .pairs import Hamiltonian, SecondOrder, TwoLayerHamiltonian
 from .semi_implicit import SemiImplicit
 
 P = ParamSpec("P")
