@@ -6,6 +6,7 @@ from . import control as control
 from . import flows as flows
 from . import integrate as integrate
 from . import nets as nets
+from . import networks as networks
 from .errors import PathlineError as PathlineError
 from .integrate import odeint as odeint
 from .integrate import odeint_adjoint as odeint_adjoint
@@ -21,6 +22,7 @@ __all__ = [
     "integrate",
     "load",
     "nets",
+    "networks",
     "odeint",
     "odeint_adjoint",
     "save",

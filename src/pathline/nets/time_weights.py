@@ -253,7 +253,8 @@ class TimeWeights(nn.Module):
                 f"`t` must be one time for all samples, got {tuple(t.shape)}: weights in time are "
                 "those of a layer"
             )
-        read = self.basis.reader(t.reshape(()))
+        like = next(self.module.parameters(), t)
+        read = self.basis.reader(t.reshape(()).to(like.device))
         return {name: read(stack) for name, stack in self.module.named_parameters()}
 
     def forward(self, t: Tensor, *inputs: Any, **options: Any) -> Any:
