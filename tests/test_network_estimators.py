@@ -12,8 +12,8 @@ from pathline.estimators import ContinuousClassifier, ContinuousRegressor
 
 @parametrize_with_checks(
     [
-        ContinuousClassifier(steps=2, max_steps=40),
-        ContinuousRegressor(steps=2, max_steps=60),
+        ContinuousClassifier(width=8, steps=1, max_steps=20, learning_rate=0.05),
+        ContinuousRegressor(steps=1, max_steps=25, learning_rate=0.05),
     ]
 )
 def test_scikit_learn(estimator, check):
