@@ -23,6 +23,7 @@ PACKAGES = (
     *("pathline.reproduce", "pathline.cli", "pathline.calculus", "pathline.errors"),
     *("pathline.report", "pathline.compat.torchdiffeq", "pathline.posterior"),
     *("pathline.control.problems", "pathline.export_policy", "pathline.games"),
+    "pathline.networks",
 )
 COMMANDS = (
     *("fit density", "fit posterior", "fit conditional", "sample", "score", "check", "report"),
@@ -156,7 +157,7 @@ def folder(tmp_path, monkeypatch):
 
 RUNNING = (
     *("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family", "posterior"),
-    *("calibration", "control", "games"),
+    *("calibration", "control", "games", "networks"),
 )
 PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
 EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)

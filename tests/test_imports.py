@@ -12,7 +12,7 @@ import pathline
 
 SOURCE = Path(pathline.__file__).parent
 FLOORS = {
-    0: ("calculus", "data", "plots", "control_plots", "games_plots", "errors"),
+    0: ("calculus", "data", "plots", "control_plots", "games_plots", "network_plots", "errors"),
     1: ("integrate", "nets", "native"),
     2: ("control", "train", "optim", "compat"),
     3: (

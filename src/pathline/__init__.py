@@ -7,6 +7,7 @@ from . import flows as flows
 from . import games as games
 from . import integrate as integrate
 from . import nets as nets
+from . import networks as networks
 from .errors import PathlineError as PathlineError
 from .integrate import odeint as odeint
 from .integrate import odeint_adjoint as odeint_adjoint
@@ -23,6 +24,7 @@ __all__ = [
     "integrate",
     "load",
     "nets",
+    "networks",
     "odeint",
     "odeint_adjoint",
     "save",

@@ -20,6 +20,7 @@ from .tableaus import EULER as EULER
 from .tableaus import MIDPOINT as MIDPOINT
 from .tableaus import RK4 as RK4
 from .tableaus import Tableau as Tableau
+from .undo import undo as undo
 
 __all__ = [
     "EULER",
@@ -42,4 +43,5 @@ __all__ = [
     "odeint_adjoint",
     "sdeint",
     "time_nodes",
+    "undo",
 ]

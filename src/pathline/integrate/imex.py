@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,18 +21,28 @@ class LinearPart(Protocol):
     def solve(self, z: Tensor, scale: Scalar) -> Tensor: ...
 
 
+class MovingPart(Protocol):
+    """A linear map of states that changes in time."""
+
+    def at(self, t: Tensor) -> LinearPart: ...
+
+
 @dataclass(frozen=True)
 class Split:
     """The velocity explicit(t, z) + A z, with a stiff part A for an implicit-explicit method.
 
     It is a velocity like any other, so every method takes it; those named "imex_..." and "ars..."
-    treat A implicitly and need no Newton iterations. A is constant in time.
+    treat A implicitly and need no Newton iterations. A is constant in time, or has a method
+    `at(t)`: then a step takes it as it is where the step begins, and leaves what changes to the
+    explicit part.
 
     Args:
         explicit: callable `(t, z) -> dz`, what is left of the velocity; not stiff.
         linear: A, as a (dim, dim) matrix for the last axis of z, as its (dim,) diagonal, or as an
             object with `A(z)` and `A.solve(z, scale)`, the solution x of x - scale A x = z. There,
-            `scale` is a number or a tensor that broadcasts against z.
+            `scale` is a number or a tensor that broadcasts against z. It may have
+            `A.solve_slope(z, scale)`, A x of that x, where this is cheaper at once. An object with
+            `at(t)`, which gives such a map, stands for an A that changes in time, and needs none.
 
     Raises:
         ArgumentError: `explicit` can't be called, or `linear` is neither a tensor nor such an
@@ -46,7 +56,7 @@ class Split:
     """
 
     explicit: Velocity
-    linear: Tensor | LinearPart
+    linear: Tensor | LinearPart | MovingPart
 
     def __post_init__(self) -> None:
         if not callable(self.explicit):
@@ -59,14 +69,29 @@ class Split:
                 raise ShapeError(
                     f"`linear` must be a (dim, dim) matrix or its (dim,) diagonal, got {shape}"
                 )
-        elif not (callable(self.linear) and callable(getattr(self.linear, "solve", None))):
+        elif not hasattr(self.linear, "at") and not (
+            callable(self.linear) and callable(getattr(self.linear, "solve", None))
+        ):
             raise ArgumentError(
                 "`linear` must be a tensor or an object with `__call__(z)` and "
                 f"`solve(z, scale)`, got {type(self.linear).__name__}"
             )
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.explicit(t, z) + self.apply(z)
+        return self.explicit(t, z) + self.frozen(t).apply(z)
+
+    def frozen(self, t: Tensor) -> "Split":
+        """The same velocity, with A as it is at time `t` and its change in the explicit part."""
+        at = getattr(self.linear, "at", None)
+        if at is None:
+            return self
+        linear = at(t)
+
+        def explicit(time: Tensor, z: Tensor) -> Tensor:
+            dz = self.explicit(time, z)
+            return dz if time is t else dz + (at(time)(z) - linear(z))
+
+        return Split(explicit, linear)
 
     def apply(self, z: Tensor) -> Tensor:
         """A z.
@@ -76,7 +101,7 @@ class Split:
         """
         a = self.linear
         if not isinstance(a, Tensor):
-            return a(z)
+            return cast(LinearPart, a)(z)
         if z.ndim == 0 or z.shape[-1] != len(a):
             raise ShapeError(
                 f"`linear` of shape {tuple(a.shape)} needs states of shape (..., {len(a)}), got "
@@ -87,13 +112,21 @@ class Split:
 
     def solver(self, scale: Scalar, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """z -> (I - scale A)^-1 z for states of a `dtype`; a matrix is factored once."""
-        part = self.linear
-        if not isinstance(part, Tensor):
+        if not isinstance(self.linear, Tensor):
+            part = cast(LinearPart, self.linear)
             return lambda z: part.solve(z, scale)
-        a = part.to(dtype)
+        a = self.linear.to(dtype)
         if a.ndim == 1:
             return lambda z: z / (1 - scale * a)
         return _Factored(a, scale)
+
+    def slopes(self, scale: Scalar, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """z -> (I - scale A)^-1 A z; by `A.solve_slope(z, scale)` where the object has that."""
+        at_once = getattr(self.linear, "solve_slope", None)
+        if at_once is not None:
+            return lambda z: at_once(z, scale)
+        solve = self.solver(scale, dtype)
+        return lambda z: solve(self.apply(z))
 
 
 class _Factored:
@@ -146,7 +179,7 @@ class ImexRungeKutta(EmbeddedMethod):
         return self.pair.implicit
 
     def start(self, field: Field, t: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        self._parts(field)
+        self._parts(field, t)
         return (field(t, z),)
 
     def step(
@@ -157,30 +190,41 @@ class ImexRungeKutta(EmbeddedMethod):
         Raises:
             ArgumentError: the velocity is not a `Split` of a single tensor.
         """
-        split, explicit = self._parts(field)
+        split, explicit = self._parts(field, ts[0])
         tables = self.pair.explicit, self.pair.implicit
         solvers: dict[float, Callable[[Tensor], Tensor]] = {}
         ks: list[Tensor] = []  # slopes of the explicit part
         ls: list[Tensor] = []  # of the linear part
+        last = len(ts) - 1
         for i, t in enumerate(ts):
             y = combine(combine(z, tables[0].a[i], ks, dt), tables[1].a[i][:i], ls, dt)
-            slope = split.apply(y)
             weight = tables[1].a[i][i]
             if weight != 0.0:
                 if weight not in solvers:
-                    solvers[weight] = split.solver(weight * dt, z.dtype)
-                slope = solvers[weight](slope)
+                    solvers[weight] = split.slopes(weight * dt, z.dtype)
+                slope = solvers[weight](y)
                 y = combine(y, (weight,), (slope,), dt)
+            else:
+                slope = split.apply(y) if self._uses(i) else y
             ls.append(slope)
             # The difference is rounded as A z is; it must pass through a solve, or come with A z.
             known = i == 0 and bool(carry) and self.adaptive
+            if i == last and tables[0].b[i] == 0.0 and not self.adaptive:
+                continue  # nobody asks for this slope
             ks.append(carry[0] - slope if known else explicit(t, y))
         z_next = combine(combine(z, tables[0].b, ks, dt), tables[1].b, ls, dt)
+        if not self.adaptive:
+            return Step(z_next, (), ())
         return Step(z_next, (), [k + slope for k, slope in zip(ks, ls, strict=True)])
 
+    def _uses(self, i: int) -> bool:
+        """Somebody asks for the slope of the linear part at stage i."""
+        rows = (*self.pair.implicit.a[i + 1 :], self.pair.implicit.b)
+        return self.adaptive or any(row[i] != 0.0 for row in rows)
+
     @staticmethod
-    def _parts(field: Field) -> tuple[Split, Velocity]:
-        """The user's split, and its explicit part checked and counted as `field` is."""
+    def _parts(field: Field, t: Tensor) -> tuple[Split, Velocity]:
+        """The user's split as it is at `t`, and its explicit part checked and counted."""
         split = getattr(field, "func", None)
         if not isinstance(split, Split):
             raise ArgumentError(
@@ -193,6 +237,7 @@ class ImexRungeKutta(EmbeddedMethod):
             raise ArgumentError(
                 "an implicit-explicit method needs a single tensor as state, got a pytree"
             )
+        split = split.frozen(t)
         part = Field(split.explicit, field.layout, cast=field.cast)
 
         def explicit(t: Tensor, z: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def _march(given: Setup) -> Solution:
 
 def _fixed(given: Setup) -> Solution:
     request, rate = given.request, _rate(given)
-    march = _fixed_march(given, rate)
+    march = fixed_march(given, rate)
     plan = None
     if request.gradient == "reversible":
         outputs = solve_reversible(march, given.z0, _captured(given))
@@ -88,7 +88,8 @@ def _fixed(given: Setup) -> Solution:
     return replace(result, pieces=march.pieces, plan=plan)
 
 
-def _fixed_march(given: Setup, rate: Rate | None) -> FixedMarch:
+def fixed_march(given: Setup, rate: Rate | None = None) -> FixedMarch:
+    """The march of a request with fixed steps, and its rates."""
     nodes, inside = fixed_nodes(given)
     perturb = bool(given.options.get("perturb", False))
     return FixedMarch(
@@ -112,7 +113,7 @@ def _interpolation(given: Setup) -> str:
 
 def _diagnose(given: Setup) -> tuple[Halt, Outputs]:
     """Runs again without a graph, to say where the solution stopped being finite."""
-    march = _fixed_march(given, _rate(given))
+    march = fixed_march(given, _rate(given))
     with torch.no_grad():
         state = march.begin(given.z0.detach())
         outputs: Outputs = [(state.z, state.sums)]

@@ -184,6 +184,7 @@ class Leapfrog:
     adaptive = False
     carries_slope = False
     reversible = True
+    memoryless = True  # what a step needs follows from the state
 
     def start(self, field: Field, t: Tensor, z: Tensor) -> Carry:
         return (_slope(field, 1, t, *_halves(field, z, self.name)),)
@@ -235,6 +236,7 @@ class Verlet:
     adaptive = False
     carries_slope = False
     reversible = True
+    memoryless = True  # what a step needs follows from the state
 
     def start(self, field: Field, t: Tensor, z: Tensor) -> Carry:
         _halves(field, z, self.name)

@@ -1,26 +1,23 @@
-"""Densities, and densities of targets given features, with the interface of scikit-learn."""
+"""Densities, and densities of targets given features."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from .errors import ArgumentError, DataError, ShapeError
-from .flows import OTFlow, TransportMap
-from .flows.standardize import Bounds
-from .posterior.pilots import build
-from .train import fit
+from ..errors import ArgumentError, ShapeError
+from ..flows import OTFlow, TransportMap
+from ..flows.standardize import Bounds
+from ..posterior.pilots import build
+from ..train import fit
+from .rows import FEWEST_ROWS, distinct, plain, seed_of
 
-__all__ = ["ConditionalFlowDensity", "FlowDensity"]
-
-FEWEST_ROWS = 3  # two to train on, one to validate
 PREDICTED, RANKED = 128, 1024  # samples of a mean, and of quantiles
 
 
@@ -120,12 +117,12 @@ class FlowDensity(DensityMixin, BaseEstimator):
             TrainingError: training diverged again and again.
         """
         X = validate_data(self, X, dtype=np.float64, ensure_min_samples=FEWEST_ROWS)
-        rows, weights = _distinct(X, sample_weight)
-        seed = _seed(self.random_state)
+        rows, weights = distinct(X, sample_weight)
+        seed = seed_of(self.random_state)
         flow = OTFlow(
             rows.shape[1],
-            _plain(self.width),
-            _plain(self.depth),
+            plain(self.width),
+            plain(self.depth),
             transport=self.transport,
             hjb=self.hjb,
             trace=self.trace,
@@ -138,10 +135,10 @@ class FlowDensity(DensityMixin, BaseEstimator):
             rows,
             sample_weight=weights,
             seed=seed,
-            max_steps=_plain(self.max_steps),
-            batch_size=_plain(self.batch_size),
+            max_steps=plain(self.max_steps),
+            batch_size=plain(self.batch_size),
             learning_rate=self.learning_rate,
-            patience=_plain(self.patience),
+            patience=plain(self.patience),
             progress=bool(self.verbose),
         )
         self.flow_ = flow.double()
@@ -179,42 +176,10 @@ class FlowDensity(DensityMixin, BaseEstimator):
             (n_samples, n_features), in double precision.
         """
         check_is_fitted(self)
-        n_samples = _plain(n_samples)
+        n_samples = plain(n_samples)
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ArgumentError(f"`n_samples` must be a positive integer, got {n_samples!r}")
-        return self.flow_.sample(n_samples, seed=_seed(random_state)).numpy()
-
-
-def _distinct(X: np.ndarray, sample_weight: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """The different rows of `X` of positive weight, sorted, and their summed weights; None for
-    weights that are all equal."""
-    weights = np.ones(len(X))
-    if sample_weight is not None:
-        weights = check_array(
-            sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
-        )
-        if weights.shape != (len(X),):
-            raise ShapeError(f"`sample_weight` must be ({len(X)},), got {weights.shape}")
-        if (weights < 0).any() or not weights.any():
-            raise DataError("`sample_weight` must not be negative, and must not be all zero")
-    kept = weights > 0
-    rows, inverse = np.unique(X[kept], axis=0, return_inverse=True)
-    if len(rows) < FEWEST_ROWS:
-        raise DataError(
-            f"`X` must have at least {FEWEST_ROWS} different rows of positive weight, got "
-            f"{len(rows)} in n_samples={len(X)}"
-        )
-    totals = np.bincount(inverse.ravel(), weights[kept])
-    return rows, None if (totals == totals[0]).all() else totals
-
-
-def _seed(random_state: int | np.random.RandomState | None) -> int:
-    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-
-
-def _plain(value: Any) -> Any:
-    """NumPy integers, as parameter grids hold them, as Python's."""
-    return int(value) if isinstance(value, numbers.Integral) else value
+        return self.flow_.sample(n_samples, seed=seed_of(random_state)).numpy()
 
 
 class ConditionalFlowDensity(DensityMixin, BaseEstimator):
@@ -327,10 +292,10 @@ class ConditionalFlowDensity(DensityMixin, BaseEstimator):
         targets = np.asarray(y, dtype=np.float64)
         self._is_vector = targets.ndim == 2
         targets = targets if self._is_vector else targets[:, None]
-        rows, weights = _distinct(np.column_stack([targets, X]), sample_weight)
-        dim, seed = targets.shape[1], _seed(self.random_state)
+        rows, weights = distinct(np.column_stack([targets, X]), sample_weight)
+        dim, seed = targets.shape[1], seed_of(self.random_state)
         options = {
-            name: _plain(getattr(self, name))
+            name: plain(getattr(self, name))
             for name in ("width", "depth", "embedding", "transport", "hjb")
         }
         flow = build(self.method, dim, X.shape[1], options, support=self.support, seed=seed)
@@ -339,10 +304,10 @@ class ConditionalFlowDensity(DensityMixin, BaseEstimator):
             (rows[:, :dim], rows[:, dim:]),
             sample_weight=weights,
             seed=seed,
-            max_steps=_plain(self.max_steps),
-            batch_size=_plain(self.batch_size),
+            max_steps=plain(self.max_steps),
+            batch_size=plain(self.batch_size),
             learning_rate=self.learning_rate,
-            patience=_plain(self.patience),
+            patience=plain(self.patience),
             progress=bool(self.verbose),
         )
         self.flow_ = flow.double()
@@ -383,10 +348,10 @@ class ConditionalFlowDensity(DensityMixin, BaseEstimator):
             (n, n_samples) where `fit` saw a 1-D `y`, else (n, n_samples, n_targets).
         """
         context = self._context(X)
-        n_samples = _plain(n_samples)
+        n_samples = plain(n_samples)
         if not isinstance(n_samples, int) or n_samples < 1:
             raise ArgumentError(f"`n_samples` must be a positive integer, got {n_samples!r}")
-        z = self.flow_.reference_sample(len(context) * n_samples, seed=_seed(random_state))
+        z = self.flow_.reference_sample(len(context) * n_samples, seed=seed_of(random_state))
         return self._targets(z, context, n_samples)
 
     def predict(self, X: Any) -> np.ndarray:

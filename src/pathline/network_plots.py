@@ -1,0 +1,102 @@
+"""Figures of networks, from arrays."""
+
+from collections.abc import Mapping
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from .errors import ShapeError
+from .plots import DATA, FAINT, GREY, INK, REFERENCE, SAMPLES, _escape, _ticks
+
+COLOURS = (DATA, SAMPLES, REFERENCE, GREY)
+Line = tuple[ArrayLike, ArrayLike]
+
+
+def stability(
+    gains: Mapping[str, Line],
+    spectra: Mapping[str, ArrayLike],
+    energies: Mapping[str, Line],
+    attacks: Mapping[str, Line],
+) -> Figure:
+    """What tells whether a network is stable, in up to four panels; empty ones are left out.
+
+    Args:
+        gains: depth and growth of perturbations, each (n,), by name; on a logarithmic scale.
+        spectra: complex eigenvalues, (n,), by name.
+        energies: times and energies, each (n,), by name; drawn relative to the first.
+        attacks: sizes of attacks and the accuracy under them, each (n,), by name.
+
+    Returns:
+        A figure with one axes for each of them that is not empty.
+    """
+    panels: list[Any] = [
+        (_gains, gains), (_spectra, spectra), (_energies, energies), (_attacks, attacks),
+    ]  # fmt: skip
+    panels = [(draw, content) for draw, content in panels if content]
+    if not panels:
+        raise ShapeError("there is nothing to draw: all four are empty")
+    figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
+    for ax, (draw, content) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        draw(ax, content)
+        ax.grid(color=FAINT, lw=0.5)
+        ax.set_axisbelow(True)
+        ax.legend(fontsize=7, frameon=False)
+    figure.set_label("Stability: growth along depth, spectrum, energy, accuracy under attacks")
+    return figure
+
+
+def _gains(ax: Axes, lines: Mapping[str, Line]) -> None:
+    _draw(ax, lines)
+    ax.set_yscale("log")
+    _ticks(ax, size=8, count=5, logarithmic=True)
+    _labels(ax, "steps", "growth of perturbations")
+
+
+def _spectra(ax: Axes, spectra: Mapping[str, ArrayLike]) -> None:
+    widest = 0.0
+    for (name, values), colour in zip(spectra.items(), cycle(COLOURS), strict=False):
+        points = np.asarray(values)
+        ax.plot(points.real, points.imag, ".", ms=4, color=colour, label=_escape(name))
+        widest = max(widest, float(np.abs(points).max(initial=0.0)))
+    ax.axvline(0, color=INK, lw=0.7)
+    low, high = ax.get_xlim()  # round-off is no width
+    ax.set_xlim(min(low, -0.2 * widest), max(high, 0.2 * widest))
+    _ticks(ax, size=8, count=5)
+    _labels(ax, "real part", "imaginary part")
+
+
+def _energies(ax: Axes, lines: Mapping[str, Line]) -> None:
+    relative = {}
+    for name, (t, energy) in lines.items():
+        values = np.asarray(energy, dtype=float)
+        relative[name] = (t, values / values[0] if values[0] else values)
+    _draw(ax, relative)
+    _ticks(ax, size=8, count=5)
+    _labels(ax, "time", "energy, relative to the first")
+
+
+def _attacks(ax: Axes, lines: Mapping[str, Line]) -> None:
+    _draw(ax, lines, marker="o")
+    ax.set_ylim(0, 1.02)
+    _ticks(ax, size=8, count=5)
+    _labels(ax, "largest change of an entry", "accuracy")
+
+
+def _draw(ax: Axes, lines: Mapping[str, Line], marker: str | None = None) -> None:
+    styles = zip(cycle(COLOURS), cycle(("-", "--")), strict=False)
+    for (name, (x, y)), (colour, dash) in zip(lines.items(), styles, strict=False):
+        xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        if xs.ndim != 1 or xs.shape != ys.shape:
+            raise ShapeError(f"line {name!r} must be two arrays (n,), got {xs.shape}, {ys.shape}")
+        ax.plot(xs, ys, dash, color=colour, lw=1.3, marker=marker, ms=3, label=_escape(name))
+
+
+def _labels(ax: Axes, x: str, y: str) -> None:
+    ax.set_xlabel(x, fontsize=9, color=INK)
+    ax.set_ylabel(y, fontsize=9, color=INK)

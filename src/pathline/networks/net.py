@@ -1,0 +1,194 @@
+"""Networks whose layers are time steps: `Evolution` of one dynamics, `ContinuousNet` of several."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError, unknown
+from ..integrate import METHODS, odeint, undo
+from ..integrate.setup import GRADIENTS
+from .dynamics import Dynamics
+
+
+class Evolution(nn.Module):
+    """Features carried by a dynamics from time 0 to its horizon.
+
+    Args:
+        dynamics: the equation.
+        method: of `odeint`, by its name; the dynamics' own if None.
+        steps: equal steps; None lets an adaptive method choose them.
+        gradient: a strategy of `odeint`. "reversible" keeps the last state alone for the backward
+            pass, whatever the number of steps; it needs a method such as "verlet".
+        tolerance: of an adaptive method, relative and absolute.
+
+    Raises:
+        ArgumentError: a name is not known, `steps` is no positive integer, or None for a method
+            of fixed steps.
+    """
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        *,
+        method: str | None = None,
+        steps: int | None = 8,
+        gradient: str = "discrete",
+        tolerance: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        method = dynamics.method if method is None else method
+        if method not in METHODS:
+            raise ArgumentError(unknown("`method`", str(method), METHODS))
+        if gradient not in GRADIENTS:
+            raise ArgumentError(unknown("`gradient`", str(gradient), GRADIENTS))
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ArgumentError(f"`steps` must be a positive integer or None, got {steps!r}")
+        if steps is None and not getattr(METHODS[method], "adaptive", False):
+            raise ArgumentError(f"method {method!r} takes fixed steps, and needs `steps`")
+        self.dynamics, self.method, self.steps = dynamics, method, steps
+        self.gradient, self.tolerance = gradient, tolerance
+
+    @property
+    def step(self) -> float | None:
+        """The length of a step, h; None where the method chooses."""
+        return None if self.steps is None else self.dynamics.horizon / self.steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features at the horizon, of features at time 0, (batch, channels, ...)."""
+        return self.dynamics.features(self.evolve(self.dynamics.lift(x)))
+
+    def evolve(self, state: Any) -> Any:
+        """The state at the horizon, of a state at time 0."""
+        options = {} if self.step is None else {"step_size": self.step}
+        return _last(self._solve(state, [0.0, self.dynamics.horizon], options))
+
+    def trajectory(self, state: Any, nodes: int | None = None) -> tuple[Tensor, Any]:
+        """Times (nodes + 1,) and the states there, stacked; at the ends of steps by default."""
+        nodes = self.steps if nodes is None else nodes
+        nodes = 32 if nodes is None else nodes
+        t = torch.arange(nodes + 1, dtype=torch.float64) * (self.dynamics.horizon / nodes)
+        options = {}
+        if self.step is not None and nodes != self.steps:
+            options = {"step_size": self.step}
+        return t, self._solve(state, t, options)
+
+    def inverse(self, state: Any) -> Any:
+        """The state at time 0 that `evolve` took to `state`, to round-off.
+
+        Raises:
+            ArgumentError: the method is neither "verlet" nor "leapfrog".
+        """
+        t = [0.0, self.dynamics.horizon]
+        return undo(self.dynamics.field, state, t, method=self.method, step_size=self.step)
+
+    def _solve(self, state: Any, t: Any, options: dict[str, Any]) -> Any:
+        named = self.gradient in ("reversible", "adjoint")
+        return odeint(
+            self.dynamics.field,
+            state,
+            t,
+            rtol=self.tolerance,
+            atol=self.tolerance,
+            method=self.method,
+            options=options,
+            gradient=self.gradient,
+            adjoint_params=tuple(self.dynamics.parameters()) if named else None,
+        )
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}, steps={self.steps}, gradient={self.gradient!r}"
+
+
+class ContinuousNet(nn.Module):
+    """Opening layer, evolution in time, head: head(z(T)) with z' = v(t, z), z(0) = opening(x).
+
+    Several dynamics, with modules between them that change width and resolution, make a network of
+    blocks. It is a module like any other, and `pathline.fit` trains it through
+    `networks.Classification` and `networks.Regression`.
+
+    Args:
+        opening: from inputs to features (batch, channels, ...); None for the inputs themselves.
+        dynamics: a `Dynamics`, or a sequence of them and of other modules; an `Evolution` in it
+            keeps its own method, steps and gradient.
+        head: from features to outputs; None for the features themselves.
+        method, steps, gradient, tolerance: as in `Evolution`, of all dynamics.
+
+    Raises:
+        ArgumentError: there is no dynamics, or as in `Evolution`.
+
+    Example:
+        >>> from pathline import nets, networks
+        >>> dynamics = networks.Antisymmetric(nets.Dense(16), nets.TimeBasis(order=8, horizon=5.0))
+        >>> net = ContinuousNet(nn.Linear(2, 16), dynamics, nn.Linear(16, 5), steps=8)
+        >>> net(torch.zeros(3, 2)).shape
+        torch.Size([3, 5])
+    """
+
+    def __init__(
+        self,
+        opening: nn.Module | None,
+        dynamics: nn.Module | Sequence[nn.Module],
+        head: nn.Module | None,
+        *,
+        method: str | None = None,
+        steps: int | None = 8,
+        gradient: str = "discrete",
+        tolerance: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        parts = [dynamics] if isinstance(dynamics, Dynamics | Evolution) else list(dynamics)  # type: ignore[arg-type]
+        stages = [
+            Evolution(part, method=method, steps=steps, gradient=gradient, tolerance=tolerance)
+            if isinstance(part, Dynamics)
+            else part
+            for part in parts
+        ]
+        if not any(isinstance(stage, Evolution) for stage in stages):
+            raise ArgumentError("`dynamics` must hold at least one Dynamics or Evolution, got none")
+        self.opening = nn.Identity() if opening is None else opening
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Identity() if head is None else head
+        self.made: dict[str, Any] | None = None  # by which function, with what arguments
+
+    def config(self) -> dict[str, Any]:
+        """What makes this network again, as `pathline.save` and a run keep it.
+
+        Raises:
+            ArgumentError: it was put together by hand.
+        """
+        if self.made is None:
+            raise ArgumentError(
+                "only networks made by `dense_net`, `pde_cnn` or `imexnet` can be saved as models; "
+                "of others keep the `state_dict()`, and train them without `out`"
+            )
+        return self.made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, such as the logits (batch, classes), of inputs (batch, ...)."""
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees, (batch, channels, ...)."""
+        z = self.opening(x)
+        for stage in self.stages:
+            z = stage(z)
+        return z
+
+    def evolutions(self) -> Iterator[Evolution]:
+        """Its evolutions, in order."""
+        return (stage for stage in self.stages if isinstance(stage, Evolution))
+
+    def smoothness(self) -> Tensor:
+        """Half of the integral of |theta'(t)|^2 over the weights in time."""
+        return torch.stack([part.dynamics.smoothness() for part in self.evolutions()]).sum()
+
+    def decay(self) -> Tensor:
+        """Half of the integral of |theta(t)|^2 over the weights in time."""
+        return torch.stack([part.dynamics.decay() for part in self.evolutions()]).sum()
+
+
+def _last(states: Any) -> Any:
+    return pytree.tree_map(lambda z: z[-1], states)
