@@ -13,7 +13,7 @@ import pathline as pl
 from pathline import games_plots, games_report
 from pathline.control import solve
 from pathline.errors import ModelError, ShapeError
-from pathline.games import check
+from pathline.games import equilibrium as equilibria
 from pathline.games.problems import make
 from pathline.games_report import STEPS, finish_game, refine, write_games_report
 from pathline.plots import to_png
@@ -28,7 +28,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"PARTICLES": 512, "FRAMES": 4, "GRID": 30}.items():
             patch.setattr(games_report, name, value)
-        patch.setattr(check, "PARTICLES", 1024)
+        patch.setattr(equilibria, "PARTICLES", 1024)
         yield
 
 

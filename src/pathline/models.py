@@ -9,7 +9,7 @@ from .control import Policy, Problem
 from .control.problems import PROBLEMS, Named, make
 from .errors import ModelError
 from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
-from .games import Equilibrium
+from .games import Equilibrium, Population
 from .games.problems import GAMES
 from .networks.architectures import made_again
 from .train.files import read_model, save
@@ -18,9 +18,11 @@ __all__ = ["load", "metadata", "save"]
 
 MODELS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (CNF, ConditionalOTFlow, Equilibrium, JointMap, OTFlow, PCPMap, Policy)
+    for kind in (
+        *(CNF, ConditionalOTFlow, Equilibrium, JointMap, OTFlow, PCPMap, Policy, Population),
+    )
 } | {"ContinuousNet": made_again}
-POLICIES = (Policy, Equilibrium)
+POLICIES = (Policy, Equilibrium, Population)
 NAMED: dict[str, Named] = PROBLEMS | GAMES  # the problems that policies are for
 
 

@@ -10,11 +10,10 @@ from torch import Generator, Tensor
 
 from ..control import Interaction, Policy, Problem
 from ..control.check import ProblemCheck
-from ..errors import ArgumentError, DataError, ShapeError
+from ..errors import ArgumentError, DataError
 from ..nets import Derivatives
+from .costs import Field, closeness, try_cost
 from .density import Density, Given
-
-Field = Callable[[Tensor], Tensor]
 
 PROBED = 256  # states at which a density or a preference is tried
 
@@ -98,14 +97,8 @@ class MeanFieldGame(Problem):
                         f"not at {int(bad.sum())} of {len(x)} samples, such as "
                         f"{x[bad][0].tolist()[:4]}"
                     )
-            if self.preference is None:
-                return
-            cost = self.preference(x)
-        if not isinstance(cost, Tensor) or tuple(cost.shape) != (len(x),):
-            shape = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
-            raise ShapeError(f"`preference` must return ({len(x)},) for {len(x)} rows, got {shape}")
-        if not bool(torch.isfinite(cost).all()):
-            raise DataError("`preference` must be finite where particles start")
+        if self.preference is not None:
+            try_cost("preference", self.preference, x)
 
     def initial(self, count: int, generator: Generator) -> Tensor:
         """Samples of the initial density, (count, dim) in double precision."""
@@ -196,5 +189,4 @@ class Crowding(Interaction):
 
 def congestion(z: Tensor) -> Tensor:
     """Mean over the other rows y of 1 / (1 + |z - y|^2) in the first two coordinates, (batch,)."""
-    squared = (z[:, None, :2] - z[None, :, :2]).square().sum(2)
-    return ((1 / (1 + squared)).sum(1) - 1) / max(len(z) - 1, 1)
+    return (len(z) * closeness(z, z) - 1) / max(len(z) - 1, 1)

@@ -14,6 +14,7 @@ from ..control.problems import make as make_problem
 from ..control.problems import settings as settings_of
 from ..errors import ArgumentError
 from .game import MeanFieldGame
+from .stochastic import StochasticGame
 
 VARIANCE = 0.3
 OBSTACLE = (1.0, 0.5)  # variances of the obstacle of crowd motion
@@ -49,6 +50,22 @@ def shift(dim: int = 2) -> MeanFieldGame:
     less 0.3396: transport 16.02, terminal 0.961."""
     _demand_plane(dim)
     return MeanFieldGame(_ball(dim, 3.0), _ball(dim, -3.0), name="shift")
+
+
+def stochastic_crowd(
+    dim: int = 2, viscosity: float = 0.1, congestion: float = 10.0
+) -> StochasticGame:
+    """Agents in noise pass the same obstacle and avoid each other, drawn to the other side by
+    1.5 |z - (0, -3)|^2 in the plane."""
+    _demand_plane(dim)
+    return StochasticGame(
+        _ball(dim, 3.0), _far, preference=partial(_obstacle, 1.0), congestion=congestion,
+        viscosity=viscosity, name="stochastic-crowd",
+    )  # fmt: skip
+
+
+def _far(z: Tensor) -> Tensor:
+    return 1.5 * (z[:, 0].square() + (z[:, 1] + 3).square())
 
 
 def _obstacle(strength: float, z: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from . import (
     mnist,
     published,
     sbi_benchmark,
+    stochastic_games,
     tables,
     toys,
 )
@@ -105,6 +106,10 @@ EXPERIMENTS = {
         for name, figure in games.FIGURES.items()
         for dim in (None, *figure.dims)
     },
+    "mfg-stochastic": Experiment(
+        "a crowd in noise, for three viscosities and in 2, 50 and 100 dimensions",
+        stochastic_games.run_stochastic,
+    ),
     "mfg-hjb-ablation": Experiment(
         "transport trained with two time steps, with and without penalties of the HJB equation",
         games.run_ablation,
