@@ -123,6 +123,17 @@ def test_clearance_and_costs_of_agents_by_brute_force(problem):
     assert max(cost) > 1 and (problem.count == 2 or min(clearance) < 0)
 
 
+def test_agents_start_apart():
+    """Of swap12's normal starts 17 % touch, by a count; the others are as many as before."""
+    problem = make("swap12")
+    z = problem.initial(2000, torch.Generator().manual_seed(0))
+    assert z.shape == (2000, 24)
+    a = z.view(2000, 12, 2)
+    apart = torch.cdist(a, a) + 9 * torch.eye(12, dtype=z.dtype)
+    assert apart.min() > 2 * problem.radius
+    assert torch.equal(z, problem.initial(2000, torch.Generator().manual_seed(0)))
+
+
 def test_evaluation_has_no_margin():
     problem = Swap2()
     apart = torch.tensor([[-5.0, 0.0, -5.0, 2.1]], dtype=torch.float64)  # 2.1 r between them

@@ -1,9 +1,12 @@
 """Open-loop solutions, and the value function to second order around them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
+from scipy.interpolate import CubicSpline
 from scipy.linalg import solve_discrete_are
 
 from pathline.control import Policy, Problem, riccati_value, transcribe
@@ -389,3 +392,21 @@ def test_the_quadratic_value_of_the_quadcopter():
     policy.potential.base.load_state_dict(value.state_dict())
     # Gains of 2500 at the end ask for short steps.
     assert policy.simulate(steps=400).cost.item() == pytest.approx(path.cost, rel=2e-3)
+
+
+@pytest.mark.parametrize("problem", [General(), Quadcopter()])
+def test_a_feedback_that_follows_takes_any_path(problem):
+    """Along a path with controls that are not optimal, the feedback gives just these."""
+    found = transcribe(problem, steps=20, guesses=0)
+    waves = torch.sin(torch.linspace(0, 3, 20, dtype=torch.float64))[:, None]
+    u = found.controls + waves
+    states, _, _ = shoot(problem, problem.nominal(), u)
+    path = replace(found, controls=u, states=torch.cat(states))
+    value = riccati_value(problem, path, follow=True).bind()
+    middles = (path.times[1:] + path.times[:-1]) / 2
+    spline = CubicSpline(path.times.numpy(), path.states.numpy())
+    for t, wanted in list(zip(middles, u, strict=True))[1:-1]:
+        z = torch.from_numpy(spline(t.item()))[None]
+        p = value(z, t, value=False, dt=False, laplacian=False).grad
+        # Between the knots the coefficients are cubics.
+        assert torch.allclose(problem.feedback(t, z, p)[0], wanted, rtol=5e-3, atol=0.02)
