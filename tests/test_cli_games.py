@@ -112,6 +112,7 @@ def test_named_games():
         assert game.name == name
         assert game.dim == 2
         assert settings(game) == named.settings
+    assert settings(make("crowd-motion", strength=10.0))["steps"] == 8
         assert settings(game)["max_steps"] > 0  # which size full multiplies
     with pytest.raises(ArgumentError, match="unknown problem 'corridor'"):
         make("corridor")

@@ -405,8 +405,8 @@ def test_a_feedback_that_follows_takes_any_path(problem):
     value = riccati_value(problem, path, follow=True).bind()
     middles = (path.times[1:] + path.times[:-1]) / 2
     spline = CubicSpline(path.times.numpy(), path.states.numpy())
-    for t, wanted in list(zip(middles, u, strict=True))[1:-1]:
+    for n in range(1, 18):  # between middles, where the controls have kinks
+        t, wanted = (middles[n] + middles[n + 1]) / 2, (u[n] + u[n + 1]) / 2
         z = torch.from_numpy(spline(t.item()))[None]
         p = value(z, t, value=False, dt=False, laplacian=False).grad
-        # Between the knots the coefficients are cubics.
-        assert torch.allclose(problem.feedback(t, z, p)[0], wanted, rtol=5e-3, atol=0.02)
+        assert torch.allclose(problem.feedback(t, z, p)[0], wanted, rtol=1e-3, atol=0.01)

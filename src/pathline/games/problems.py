@@ -87,6 +87,17 @@ def _demand_plane(dim: int) -> None:
 
 
 LEARNING = {"width": 32, "steps": 4, "batch_size": 1024, "max_steps": 1500}
+
+
+def _strong(game: MeanFieldGame) -> dict[str, Any]:
+    """For an obstacle round which the crowd has to go on both sides."""
+    assert game.made is not None
+    if game.made["options"].get("strength", 1.0) <= 1:
+        return {}
+    weights = Weights(hjb=1.0, terminal=1.0, terminal_gradient=0.0)
+    return {"weights": weights, "steps": 8, "learning_rate": 0.03}
+
+
 GAMES: dict[str, Named] = {
     "transport": Named(
         transport,
@@ -104,6 +115,7 @@ GAMES: dict[str, Named] = {
             "weights": Weights(hjb=20.0, terminal=1.0, terminal_gradient=0.0),
             "learning_rate": 0.05,
         },
+        _strong,
     ),
     "shift": Named(
         shift,

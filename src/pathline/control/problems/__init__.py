@@ -45,13 +45,14 @@ class Named:
     """A problem that commands know by its name.
 
     `make(**options)` builds it; `settings` are arguments of `control.solve` that suit it on two
-    CPU cores.
+    CPU cores, and `special` gives those that depend on the options.
     """
 
     make: Callable[..., Problem]
     summary: str
     options: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
+    special: Callable[[Any], dict[str, Any]] = lambda problem: {}
 
 
 STOCHASTIC = Weights(hjb=1.0, terminal=1.0)
@@ -67,6 +68,17 @@ NOISY_FLIGHT = {
     "learning_rate": 0.01,
     "weights": Weights(hjb=0.0, terminal=0.0, terminal_gradient=0.0),
 }
+
+
+def _flight(problem: Quadcopter) -> dict[str, Any]:
+    return {} if problem.noise is None else NOISY_FLIGHT
+
+
+def _benchmark(problem: LogBenchmark) -> dict[str, Any]:
+    many = problem.dim > 32
+    return {"weights": MANY, "steps": 20} if many else {"weights": FEW, "steps": 10}
+
+
 PROBLEMS: dict[str, Named] = {
     "lqr": Named(
         LinearQuadratic,
@@ -100,6 +112,7 @@ PROBLEMS: dict[str, Named] = {
         # The quadratic part is within 0.2 % of the optimum; at high rates a network would learn
         # to cheat the time steps instead.
         {"width": 64, "steps": 40, "max_steps": 100, "batch_size": 128, "learning_rate": 0.001},
+        _flight,
     ),
     "neuron": Named(
         Neuron,
@@ -122,6 +135,7 @@ PROBLEMS: dict[str, Named] = {
         "the 100-dimensional benchmark of stochastic control, solved by the Cole-Hopf transform",
         frozenset({"dim"}),
         COLE_HOPF | {"max_steps": 1000},
+        _benchmark,
     ),
     "modified-benchmark": Named(
         partial(LogBenchmark, modified=True),
@@ -154,10 +168,5 @@ def make(name: str, problems: Mapping[str, Named] = PROBLEMS, /, **options: Any)
 def settings(problem: Problem, problems: Mapping[str, Named] = PROBLEMS, /) -> dict[str, Any]:
     """Arguments of `control.solve` that suit a problem which `make` built."""
     assert problem.made is not None
-    found = dict(problems[problem.made["name"]].settings)
-    if isinstance(problem, Quadcopter) and problem.noise is not None:
-        found |= NOISY_FLIGHT
-    if problem.made["name"] == "benchmark":
-        many = problem.dim > 32
-        found |= {"weights": MANY, "steps": 20} if many else {"weights": FEW, "steps": 10}
-    return found
+    named = problems[problem.made["name"]]
+    return named.settings | named.special(problem)
