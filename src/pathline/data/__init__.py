@@ -3,6 +3,7 @@
 from .electricity import load_electricity
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
+from .series import Series
 from .splits import Splits
 from .support import check_support, parse_support
 from .tables import Table, column_index, read_table, write_table
@@ -28,6 +29,7 @@ __all__ = [
     "Moons",
     "Pinwheel",
     "Recipe",
+    "Series",
     "Splits",
     "SwissRoll",
     "Table",
