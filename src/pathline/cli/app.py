@@ -12,6 +12,7 @@ from cyclopts.exceptions import CycloptsError
 from .. import __version__
 from ..errors import DataWarning, PathlineError, SolveError, TrainingError
 from .deploy import convert, export
+from .dynamics import dynamics, forecast
 from .fit import density
 from .posterior import conditional, posterior
 from .reproduce import reproduce
@@ -29,8 +30,9 @@ fit = App(name="fit", help="Fit a model to a file.")
 fit.command(density)
 fit.command(posterior)
 fit.command(conditional)
+fit.command(dynamics)
 app.command(fit)
-for command in (solve, sample, score, check, report, reproduce, export, convert):
+for command in (solve, sample, forecast, score, check, report, reproduce, export, convert):
     app.command(command)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

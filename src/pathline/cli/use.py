@@ -12,21 +12,27 @@ from torch import Tensor
 
 from ..control_report import KIND, write_control_report
 from ..data import Recipe, read_table, write_table
+from ..dynamics_report import KIND as DYNAMICS
+from ..dynamics_report import write_dynamics_report
 from ..errors import ArgumentError, DataWarning
 from ..flows import TransportMap
 from ..games_report import KIND as GAME
 from ..games_report import write_games_report
 from ..models import POLICIES, load
+from ..networks import TrajectoryNet
 from ..posterior.outliers import find_outliers
 from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
 from ..train.files import read_json, read_model, write_json
+from .dynamics import check_dynamics, score_dynamics
 from .options import Flag, Positive, Seed, answer, open_conditional, open_model
 
 WARNED = 3  # observations
 WRITERS = {  # of reports, but those of densities
-    "posterior": write_posterior_report, KIND: write_control_report, GAME: write_games_report
+    "posterior": write_posterior_report, KIND: write_control_report, GAME: write_games_report,
+    DYNAMICS: write_dynamics_report,
 }  # fmt: skip
+SERIES = TrajectoryNet.__name__
 
 
 def sample(
@@ -123,7 +129,8 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
     """Log-density of each row of a table, in nats and in the table's units.
 
-    For a conditional model, that of the parameters given the data in the same row.
+    For a conditional model, that of the parameters given the data in the same row; for a model of
+    time series, that of each observation given those before it.
 
     Parameters
     ----------
@@ -136,6 +143,8 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
     json
         Print one JSON object on standard output.
     """
+    if _kind(model) == SERIES:
+        return score_dynamics(model, file, out, json)
     flow, recipe = _open_density(model, "score")
     rows = _rows(model, flow, recipe, file)
     with torch.no_grad():
@@ -176,6 +185,8 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     """
     if _is_policy(model):
         return _check_policy(model, file, seed, json)
+    if _kind(model) == SERIES:
+        return check_dynamics(model, file, json)
     if file is None:
         raise ArgumentError(f"check needs a FILE with rows to judge {model} on")
     flow, recipe = open_model(model)
@@ -187,8 +198,12 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     return 0 if found.passed else 1
 
 
+def _kind(model: Path) -> str:
+    return str(read_model(model)[0]["kind"])
+
+
 def _is_policy(model: Path) -> bool:
-    return read_model(model)[0]["kind"] in {kind.__name__ for kind in POLICIES}
+    return _kind(model) in {kind.__name__ for kind in POLICIES}
 
 
 def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
@@ -196,6 +211,11 @@ def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
         raise ArgumentError(
             f"{command} is for densities; {model} holds a policy, which `pathline check` judges "
             "and `pathline.load` opens in Python"
+        )
+    if _kind(model) == SERIES:
+        raise ArgumentError(
+            f"{command} is for densities; {model} holds a model of time series, for `pathline "
+            "forecast`, `score` and `check`"
         )
     return open_model(model)
 

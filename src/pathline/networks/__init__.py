@@ -30,6 +30,8 @@ from .trajectory import Members as Members
 from .trajectory import Observations as Observations
 from .trajectory import TrajectoryNet as TrajectoryNet
 from .trajectory import windows as windows
+from .trajectory_check import TrajectoryCheck as TrajectoryCheck
+from .trajectory_check import check_trajectories as check_trajectories
 from .trajectory_fit import TrajectoryFit as TrajectoryFit
 from .trajectory_fit import fit_trajectories as fit_trajectories
 
@@ -55,9 +57,11 @@ __all__ = [
     "SemiImplicit",
     "StabilityReport",
     "Supervised",
+    "TrajectoryCheck",
     "TrajectoryFit",
     "TrajectoryNet",
     "TwoLayerHamiltonian",
+    "check_trajectories",
     "dense_net",
     "fgsm",
     "fit_trajectories",

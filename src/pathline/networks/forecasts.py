@@ -70,6 +70,21 @@ def solutions(
     return mean.numpy()[inverse, column], sd.numpy()[inverse, column]
 
 
+def log_densities(net: TrajectoryNet, series: Series) -> np.ndarray:
+    """Log-density of each observation given those before it, (rows,), in nats and the series'
+    units; NaN of the first of a series, and the sum over what was observed of a row."""
+    ends = np.zeros(len(series.t), dtype=bool)
+    ends[series.starts[1:] - 1] = True
+    start = np.flatnonzero(~ends)
+    lead = torch.tensor(series.t[start + 1] - series.t[start])[:, None]
+    parts = net.forecast(net.observe(series), torch.tensor(start), lead)
+    mean, sd = (x[:, 0].numpy() for x in parts)
+    error = (series.y[start + 1] - mean) / sd
+    found = np.full(len(series.t), np.nan)
+    found[start + 1] = np.nansum(-0.5 * (error**2 + np.log(2 * np.pi * sd**2)), 1)
+    return found
+
+
 def keep_series(folder: Path, series: Series) -> None:
     """Write the series beside a model, to forecast from their ends."""
     ids = series.ids.tolist()

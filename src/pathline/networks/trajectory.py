@@ -27,7 +27,8 @@ from ..errors import ArgumentError, DataError, ShapeError
 from ..integrate import odeint
 from ..integrate.dense import cubic
 
-BINS = 16  # of leads, for which errors are remembered
+BINS = 32  # of leads, for which errors are remembered
+FEWEST = 30  # held-out values in a bin
 LONGEST_GAP = 3.0  # windows of time that the network for the first state can tell apart
 CHUNK = 512  # windows solved at a time where no gradient is wanted
 
@@ -214,7 +215,9 @@ class TrajectoryNet(nn.Module):
             seen: (n, dim), where there was an observation.
         """
         at, beyond, there = (x.cpu().numpy() for x in (leads, excess, seen))
-        edges = np.unique(np.quantile(at, np.linspace(0, 1, BINS + 1)))
+        count = min(BINS, max(1, len(at) // FEWEST))
+        shares = np.linspace(0, 1, count + 1) ** 2  # finest at first
+        edges = np.unique(np.quantile(at, shares))
         bins = np.searchsorted(edges[1:-1], at)
         middle: list[float] = []
         found: list[np.ndarray] = []

@@ -55,7 +55,7 @@ class TrajectoryFit(Objective):
 
     def check(self, rows: Rows) -> None:
         windows = rows.take(slice(None))[0]
-        if not bool(self._targets(windows, self.model.window, LONGEST).there.any()):
+        if not bool(self.targets(windows, self.model.window, LONGEST).there.any()):
             raise DataError(
                 "no observation follows another within "
                 f"{LONGEST * float(self.model.unit):.3g}, twice the time of a usual window; take a "
@@ -67,7 +67,7 @@ class TrajectoryFit(Objective):
         parts: list[tuple[Tensor, ...]] = []
         most = int(FAR * self.model.window)
         for batch in rows.take(slice(None))[0].split(CHUNK):
-            start, lead, wanted, there = self._targets(batch, most, FAR)
+            start, lead, wanted, there = self.targets(batch, most, FAR)
             with torch.no_grad():
                 found = self.model(self.observed, start, lead).double()
             z = self.observed.z.double()
@@ -96,12 +96,12 @@ class TrajectoryFit(Objective):
 
     def _losses(self, batch: Tensor) -> Tensor:
         """(windows,): the mean over members of squared errors, over all that a window may have."""
-        start, lead, rows, there = self._targets(batch, self.model.window, LONGEST)
+        start, lead, rows, there = self.targets(batch, self.model.window, LONGEST)
         found = self.model(self.observed, start, lead)
         errors = (found - self.observed.z[rows][:, :, None]).square().mean(2)
         return torch.where(there, errors, 0.0).sum((1, 2)) / (self.model.window * self.model.dim)
 
-    def _targets(self, batch: Tensor, count: int, longest: float) -> Targets:
+    def targets(self, batch: Tensor, count: int, longest: float) -> Targets:
         """Up to `count` observations after the first, as many as are not later than `longest`."""
         if self.observed.t.device != batch.device:
             self.observed = Observations(*(x.to(batch.device) for x in self.observed))
