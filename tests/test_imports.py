@@ -32,6 +32,7 @@ FLOORS = {
     5: (
         *("cli", "reproduce", "report", "posterior_report", "control_report", "games_report"),
         "dynamics_report",
+        "classifier_report",
         "__main__",
     ),
 }

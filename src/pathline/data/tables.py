@@ -230,7 +230,12 @@ def _read_csv(path: Path, text: str | None = None) -> Table:
                 values.extend(map(float, row))
             except ValueError:  # the slow way: missing values, booleans, text
                 del values[end:]
-                values.extend(_cells(row, names, _place(path, end, names, reader.line_num)))
+                try:
+                    values.extend(_cells(row, names, _place(path, end, names, reader.line_num)))
+                except DataError:
+                    if named and text is not None:
+                        column_index(names, text, str(path))  # the likelier mistake
+                    raise
             if len(values) - end != len(names):
                 raise DataError(
                     f"{_place(path, end, names, reader.line_num)}: expected {len(names)} fields, "
