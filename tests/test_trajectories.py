@@ -1,6 +1,8 @@
 """Neural ODEs of time series: linear equations with known solutions, brute force, bad input."""
 
 import copy
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,15 @@ import pathline as pl
 from pathline.data import Series
 from pathline.errors import ArgumentError, DataError, ModelError, ShapeError
 from pathline.estimators import TrajectoryRegressor
-from pathline.networks import TrajectoryFit, TrajectoryNet, fit_trajectories, windows
+from pathline.networks import (
+    TrajectoryFit,
+    TrajectoryNet,
+    check_trajectories,
+    fit_trajectories,
+    windows,
+)
 from pathline.networks.forecasts import solutions
+from pathline.reproduce.do_vs_od import spiral
 from pathline.train import Rows
 
 A = np.array([[-0.2, 1.0], [-1.0, -0.1]])
@@ -277,6 +286,88 @@ def test_a_vector_stays_a_vector():
     wide, narrow = model.forecast([20.0, 25.0], level=0.99), model.forecast([20.0, 25.0], level=0.5)
     assert wide.mean.shape == (2,)
     assert (wide.upper - wide.lower > narrow.upper - narrow.lower).all()
+
+
+def test_a_check_by_hand(fitted):
+    """Errors, the last value and intervals, window by window."""
+    t, y, groups = ragged(seed=7, count=2, rows=(8, 12))
+    y[3, 0] = np.nan
+    series, net = Series.of(t, y, groups), fitted.net_
+    check, observed = check_trajectories(net, series), net.observe(series)
+    errors, lazy, inside = [], [], []
+    for part in series.parts():
+        for i in range(part.start, part.stop - 1):
+            later = slice(i + 1, part.stop)
+            lead = torch.tensor(series.t[later] - series.t[i])[None]
+            mean, sd = (x[0].numpy() for x in net.forecast(observed, torch.tensor([i]), lead))
+            before = y[part.start : i + 1]
+            last = [column[~np.isnan(column)][-1] for column in before.T]
+            errors.append((mean - y[later]) / net.scale.numpy())
+            lazy.append((last - y[later]) / net.scale.numpy())
+            kept = ~np.isnan(errors[-1])
+            inside += (np.abs(mean - y[later]) <= 1.6448536 * sd)[kept].tolist()
+    assert check.coverage == pytest.approx(np.mean(inside))
+    for name, found in (("rmse", errors), ("persistence", lazy)):
+        by_hand = np.sqrt(np.nanmean(np.concatenate(found) ** 2))
+        assert getattr(check, name) == pytest.approx(by_hand, rel=1e-9)
+
+
+# Known and real series
+
+
+@pytest.mark.slow
+def test_the_spiral():
+    """Windows of ten of a path that was not seen, from one path at irregular times."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for start in ((2.0, 0.0), (0.0, 1.5)):
+        t = np.sort(rng.uniform(0, 25, 1000))
+        exact = spiral(start, torch.tensor(np.concatenate([[0.0], t])))[1:]
+        paths.append((t, exact.numpy()))
+    model = TrajectoryRegressor(members=2, steps=5, max_steps=600, random_state=0).fit(*paths[0])
+    t, exact = paths[1]
+    start = np.arange(990)
+    later = start[:, None] + np.arange(1, 11)
+    series = Series.of(t, exact)
+    lead = torch.tensor(t[later] - t[start][:, None])
+    net = model.net_
+    mean, _ = net.forecast(net.observe(series), torch.tensor(start), lead)
+    mse = np.mean(np.sum((mean.numpy() - exact[later]) ** 2, 2))
+    still = np.mean(np.sum((exact[start][:, None] - exact[later]) ** 2, 2))
+    assert mse < 1e-3
+    assert mse < still / 40
+
+
+@pytest.mark.slow
+def test_household_power():
+    """The next weeks of a household's power: better than three simple forecasts."""
+    file = Path(os.environ.get("PATHLINE_DATA", "")) / "timeseries" / "household_power_hourly.npz"
+    if not file.exists():
+        pytest.skip("PATHLINE_DATA has no timeseries/household_power_hourly.npz")
+    with np.load(file) as data:
+        hours = (data["unix_hour"] - data["unix_hour"][0]).astype(float)
+        power = data["values"][:, 0].astype(float) / 60  # kW
+    count, new = 180 * 24, 28 * 24
+    t, y = hours[-count - new :], power[-count - new :]
+    kept = np.sort(np.random.default_rng(0).permutation(count)[: int(0.8 * count)])
+    model = TrajectoryRegressor(
+        members=2, window=24, steps=12, history=24, extra=4, periods=[24.0, 168.0], width=48,
+        max_steps=400, random_state=0,
+    )  # fmt: skip
+    model.fit(t[kept], y[kept])
+    series = Series.of(t[count - 24 :], y[count - 24 :])
+    last = len(series.t) - 1
+    rows = np.array([(i, min(i + 24, last)) for i in range(24, last)], dtype=float)
+    check = check_trajectories(model.net_, series, rows)
+    mean = np.array([y[:count][t[:count] % 24 == hour].mean() for hour in range(24)])
+    pairs = np.concatenate([np.arange(i + 1, min(i + 24, last) + 1) for i in range(24, last)])
+    by_hour = mean[(series.t[pairs] % 24).astype(int)]
+    a_day_before = series.y[pairs - 24, 0]
+    error = check.columns["x0"]["rmse"]
+    assert error < check.columns["x0"]["persistence"]
+    for simple in (by_hour, a_day_before):
+        assert error < np.sqrt(np.mean((simple - series.y[pairs, 0]) ** 2))
+    assert 0.8 < check.coverage < 0.97
 
 
 # Bad input

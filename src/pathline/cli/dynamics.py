@@ -92,7 +92,12 @@ def dynamics(
     )
     digest = sha256(series.t.tobytes() + series.y.tobytes()).hexdigest()
     _check_same_series(run, digest)
-    kept = {"file": str(file), "time": time, "group": group, "columns": list(series.columns)}
+    kept: dict[str, Any] = {
+        "file": str(file),
+        "time": time,
+        "group": group,
+        "columns": list(series.columns),
+    }
     kept |= {"series_sha256": digest, "seed": run.seed}
     try:
         fit_trajectories(

@@ -73,14 +73,15 @@ def check_trajectories(
         some = there.any(2)
         parts = (lead[..., None].expand_as(mean), y[wanted], mean, sd, still, there)
         found.append([x[some] for x in parts])
-    lead, truth, mean, sd, still, mask = (torch.cat(x).numpy() for x in zip(*found, strict=True))
-    scale = net.scale.numpy()
+    leads, truth, means, sds, stills, mask = (
+        torch.cat(x).numpy() for x in zip(*found, strict=True)
+    )
+    ahead, scale = leads[:, 0], net.scale.numpy()
     truth = np.where(mask, truth, 0.0)
-    error = np.where(mask, mean - truth, np.nan)
-    lazy = np.where(mask, still - truth, np.nan)
-    inside = np.where(mask, np.abs(error) <= quantile(LEVEL) * sd, np.nan)
-    with np.errstate(divide="ignore"):
-        density = -0.5 * (error / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi)
+    error = np.where(mask, means - truth, np.nan)
+    lazy = np.where(mask, stills - truth, np.nan)
+    inside = np.where(mask, np.abs(error) <= quantile(LEVEL) * sds, np.nan)
+    density = -0.5 * ((error / sds) ** 2 + np.log(2 * np.pi * sds**2))
     columns = {
         name: {
             "rmse": _rms(error[:, i]),
@@ -89,22 +90,22 @@ def check_trajectories(
         }
         for i, name in enumerate(series.columns)
     }
-    edges = np.unique(np.quantile(lead[:, 0], np.linspace(0, 1, BINS + 1)))
-    bins = np.searchsorted(edges[1:-1], lead[:, 0])
+    edges = np.unique(np.quantile(ahead, np.linspace(0, 1, BINS + 1)))
+    bins = np.searchsorted(edges[1:-1], ahead)
     used = [bins == i for i in np.unique(bins)]
     rmse, persistence = _rms(error / scale), _rms(lazy / scale)
     coverage = float(np.nanmean(inside))
     passed = rmse < persistence and coverage >= COVERED
     return TrajectoryCheck(
         windows=len(rows),
-        observations=len(lead),
-        longest_lead=float(lead.max()),
+        observations=len(ahead),
+        longest_lead=float(ahead.max()),
         columns=columns,
         rmse=rmse,
         persistence=persistence,
         coverage=coverage,
         log_prob=float(np.nanmean(density)),
-        leads=[float(lead[part, 0].mean()) for part in used],
+        leads=[float(ahead[part].mean()) for part in used],
         rmse_by_lead=[_rms(error[part] / scale) for part in used],
         persistence_by_lead=[_rms(lazy[part] / scale) for part in used],
         coverage_by_lead=[float(np.nanmean(inside[part])) for part in used],

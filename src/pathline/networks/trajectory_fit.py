@@ -77,6 +77,8 @@ class TrajectoryFit(Objective):
             excess = error - found.var(2, correction=0)
             parts.append(tuple(x[some] for x in (lead, error, still, excess, there)))
         lead, error, still, excess, there = map(torch.cat, zip(*parts, strict=True))
+        if not len(lead):
+            return {}
         self.model.remember_errors(lead / self.model.unit.double(), excess, there)
         return {
             "rmse": error[there].mean().sqrt().item(),
