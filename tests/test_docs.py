@@ -27,7 +27,8 @@ PACKAGES = (
 )
 COMMANDS = (
     *("fit density", "fit posterior", "fit conditional", "sample", "score", "check", "report"),
-    *("reproduce", "export", "convert", "solve"),
+    *("reproduce", "export", "convert", "solve", "fit dynamics", "fit classifier"),
+    *("forecast", "predict"),
 )
 # Flags of other programs that the pages name.
 FOREIGN = {
@@ -157,7 +158,7 @@ def folder(tmp_path, monkeypatch):
 
 RUNNING = (
     *("start", "add", "solvers", "gradients", "torchdiffeq", "speed", "family", "posterior"),
-    *("calibration", "control", "games", "networks"),
+    *("calibration", "control", "games", "networks", "dynamics"),
 )
 PAGES_RUNNING = ["README.md", *(f"docs/{name}.md" for name in RUNNING)]
 EXPORTING = pytest.param("docs/deployment.md", marks=pytest.mark.slow)

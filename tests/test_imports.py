@@ -12,7 +12,16 @@ import pathline
 
 SOURCE = Path(pathline.__file__).parent
 FLOORS = {
-    0: ("calculus", "data", "plots", "control_plots", "games_plots", "network_plots", "errors"),
+    0: (
+        "calculus",
+        "data",
+        "plots",
+        "control_plots",
+        "games_plots",
+        "network_plots",
+        "dynamics_plots",
+        "errors",
+    ),
     1: ("integrate", "nets", "native"),
     2: ("control", "train", "optim", "compat"),
     3: (
@@ -22,6 +31,8 @@ FLOORS = {
     4: ("estimators", "models", "export", "export_policy", "convert"),
     5: (
         *("cli", "reproduce", "report", "posterior_report", "control_report", "games_report"),
+        "dynamics_report",
+        "classifier_report",
         "__main__",
     ),
 }

@@ -11,6 +11,7 @@ from .errors import ModelError
 from .flows import CNF, ConditionalOTFlow, JointMap, OTFlow, PCPMap
 from .games import Equilibrium, Population
 from .games.problems import GAMES
+from .networks import TrajectoryNet
 from .networks.architectures import made_again
 from .train.files import read_model, save
 
@@ -19,7 +20,15 @@ __all__ = ["load", "metadata", "save"]
 MODELS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
-        *(CNF, ConditionalOTFlow, Equilibrium, JointMap, OTFlow, PCPMap, Policy, Population),
+        CNF,
+        ConditionalOTFlow,
+        Equilibrium,
+        JointMap,
+        OTFlow,
+        PCPMap,
+        Policy,
+        Population,
+        TrajectoryNet,
     )
 } | {"ContinuousNet": made_again}
 POLICIES = (Policy, Equilibrium, Population)

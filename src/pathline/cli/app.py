@@ -11,7 +11,9 @@ from cyclopts.exceptions import CycloptsError
 
 from .. import __version__
 from ..errors import DataWarning, PathlineError, SolveError, TrainingError
+from .classifier import classifier, predict
 from .deploy import convert, export
+from .dynamics import dynamics, forecast
 from .fit import density
 from .posterior import conditional, posterior
 from .reproduce import reproduce
@@ -21,7 +23,8 @@ from .use import check, report, sample, score
 app = App(
     name="pathline",
     version=f"pathline {__version__}",
-    help="Continuous-time deep learning: densities of tables of numbers, and optimal control.",
+    help="Continuous-time deep learning: densities, classes and time series of tables of numbers, "
+    "and optimal control.",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
@@ -29,8 +32,10 @@ fit = App(name="fit", help="Fit a model to a file.")
 fit.command(density)
 fit.command(posterior)
 fit.command(conditional)
+fit.command(dynamics)
+fit.command(classifier)
 app.command(fit)
-for command in (solve, sample, score, check, report, reproduce, export, convert):
+for command in (solve, sample, forecast, predict, score, check, report, reproduce, export, convert):
     app.command(command)
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

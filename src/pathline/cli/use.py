@@ -10,23 +10,32 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
+from ..classifier_report import KIND as CLASSIFIER
+from ..classifier_report import write_classifier_report
 from ..control_report import KIND, write_control_report
 from ..data import Recipe, read_table, write_table
+from ..dynamics_report import KIND as DYNAMICS
+from ..dynamics_report import write_dynamics_report
 from ..errors import ArgumentError, DataWarning
 from ..flows import TransportMap
 from ..games_report import KIND as GAME
 from ..games_report import write_games_report
 from ..models import POLICIES, load
+from ..networks import ContinuousNet, TrajectoryNet
 from ..posterior.outliers import find_outliers
 from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
 from ..train.files import read_json, read_model, write_json
+from .classifier import check_classifier, score_classifier
+from .dynamics import check_dynamics, score_dynamics
 from .options import Flag, Positive, Seed, answer, open_conditional, open_model
 
 WARNED = 3  # observations
 WRITERS = {  # of reports, but those of densities
-    "posterior": write_posterior_report, KIND: write_control_report, GAME: write_games_report
+    "posterior": write_posterior_report, KIND: write_control_report, GAME: write_games_report,
+    DYNAMICS: write_dynamics_report, CLASSIFIER: write_classifier_report,
 }  # fmt: skip
+SERIES, NET = TrajectoryNet.__name__, ContinuousNet.__name__
 
 
 def sample(
@@ -123,7 +132,9 @@ def _free(name: str, taken: tuple[str, ...]) -> str:
 def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = False) -> None:
     """Log-density of each row of a table, in nats and in the table's units.
 
-    For a conditional model, that of the parameters given the data in the same row.
+    For a conditional model, that of the parameters given the data in the same row; for a model of
+    time series, that of each observation given those before it; for a classifier, the
+    log-probability of the class in the same row.
 
     Parameters
     ----------
@@ -136,6 +147,10 @@ def score(model: Path, file: Path, /, *, out: Path | None = None, json: Flag = F
     json
         Print one JSON object on standard output.
     """
+    if _kind(model) == SERIES:
+        return score_dynamics(model, file, out, json)
+    if _kind(model) == NET:
+        return score_classifier(model, file, out, json)
     flow, recipe = _open_density(model, "score")
     rows = _rows(model, flow, recipe, file)
     with torch.no_grad():
@@ -159,7 +174,9 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     """Can the model be trusted on the rows of a table? Exit code 1 where it can't.
 
     A conditional model is also tested for calibration: ranks, expected coverage and TARP of up to
-    1000 pairs that were not used in training. A policy or an equilibrium is tested on starts of its
+    1000 pairs that were not used in training. Of a model of time series, forecasts and their
+    intervals are compared with what was observed; of a classifier, accuracy and stability are
+    tested. A policy or an equilibrium is tested on starts of its
     own problem, without a table. Pictures and report in a run folder are renewed.
 
     Parameters
@@ -176,6 +193,10 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     """
     if _is_policy(model):
         return _check_policy(model, file, seed, json)
+    if _kind(model) == SERIES:
+        return check_dynamics(model, file, json)
+    if _kind(model) == NET:
+        return check_classifier(model, file, seed, json)
     if file is None:
         raise ArgumentError(f"check needs a FILE with rows to judge {model} on")
     flow, recipe = open_model(model)
@@ -187,8 +208,12 @@ def check(model: Path, file: Path | None = None, /, *, seed: Seed = 0, json: Fla
     return 0 if found.passed else 1
 
 
+def _kind(model: Path) -> str:
+    return str(read_model(model)[0]["kind"])
+
+
 def _is_policy(model: Path) -> bool:
-    return read_model(model)[0]["kind"] in {kind.__name__ for kind in POLICIES}
+    return _kind(model) in {kind.__name__ for kind in POLICIES}
 
 
 def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
@@ -196,6 +221,13 @@ def _open_density(model: Path, command: str) -> tuple[TransportMap, Recipe]:
         raise ArgumentError(
             f"{command} is for densities; {model} holds a policy, which `pathline check` judges "
             "and `pathline.load` opens in Python"
+        )
+    others = {SERIES: ("model of time series", "forecast"), NET: ("classifier", "predict")}
+    if _kind(model) in others:
+        what, use = others[_kind(model)]
+        raise ArgumentError(
+            f"{command} is for densities; {model} holds a {what}, for `pathline {use}`, `score` "
+            "and `check`"
         )
     return open_model(model)
 

@@ -1,8 +1,10 @@
 """Tables from files, checks that they can have a density, toy densities and real data sets."""
 
 from .electricity import load_electricity
+from .labels import read_labelled, write_labelled
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
+from .series import Series
 from .splits import Splits
 from .support import check_support, parse_support
 from .tables import Table, column_index, read_table, write_table
@@ -28,6 +30,7 @@ __all__ = [
     "Moons",
     "Pinwheel",
     "Recipe",
+    "Series",
     "Splits",
     "SwissRoll",
     "Table",
@@ -42,7 +45,9 @@ __all__ = [
     "load_published",
     "load_uci",
     "parse_support",
+    "read_labelled",
     "read_table",
     "resolution",
+    "write_labelled",
     "write_table",
 ]

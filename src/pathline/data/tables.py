@@ -42,6 +42,8 @@ class Table:
         columns: one name for each column, all different.
         named: False when the names are made up (x0, x1, ...), since the file has none.
         name: where the table comes from, for errors.
+        entries: what the numbers from 0 in the column that was read as text stand for; where they
+            are written, in the first column.
 
     Raises:
         DataError: `values` is not 2-D, or `columns` are not one distinct name for each column.
@@ -51,6 +53,7 @@ class Table:
     columns: tuple[str, ...]
     named: bool = True
     name: str = "table"
+    entries: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
@@ -116,13 +119,17 @@ def blocks(values: np.ndarray, size: int = BLOCK) -> Iterator[tuple[int, np.ndar
         yield start, np.asarray(values[start : start + size])
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, *, text: str | None = None) -> Table:
     """Read a .csv, .csv.gz, .npy, .npz or .parquet file of numbers.
 
     Missing values become NaN; infinite ones stay. In a csv file, `true` and `false` are 1 and 0,
     blank lines are skipped, and a first row of numbers means that there is no header. A .npy file
     is memory-mapped and keeps single precision, so a large one needs no memory. A .npz file holds
     one 2-D array, or one called `x` and perhaps its `columns`.
+
+    Args:
+        path: the file.
+        text: a column of a .csv or .parquet file that may hold text; see `read_labelled`.
 
     Raises:
         DataError: there is no such file, or it is not a table of real numbers. Rows are counted
@@ -137,7 +144,7 @@ def read_table(path: str | Path) -> Table:
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty, expected a table of numbers")
-        table = READERS[suffix](path)
+        table = READERS[suffix](path, text)
     except DataError:
         raise
     except UNREADABLE as error:
@@ -167,6 +174,8 @@ def write_table(
     """
     path = Path(path)
     suffix = _suffix(path)
+    if isinstance(table, Table) and table.entries and suffix in (".npy", ".npz"):
+        raise DataError(f"{path}: text needs a .csv or .parquet file")
     if not isinstance(table, Table):
         values = np.asarray(table)
         names = default_columns(values.shape[-1]) if columns is None else tuple(columns)
@@ -195,7 +204,7 @@ def _suffix(path: Path) -> str:
     )
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, text: str | None = None) -> Table:
     open_text = gzip.open if path.name.lower().endswith(".gz") else open
     with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
@@ -211,19 +220,35 @@ def _read_csv(path: Path) -> Table:
         named = None in numbers or all(np.isnan([n for n in numbers if n is not None]))
         names = _header(path, first) if named else default_columns(len(first))
         values = array("d") if named else array("d", [n for n in numbers if n is not None])
+        column = names.index(text) if named and text in names else None
+        entries: dict[str, int] = {}
         for row in rows:
+            if column is not None and len(row) == len(names):
+                row[column] = str(_code(row[column], entries))
             end = len(values)
             try:
                 values.extend(map(float, row))
             except ValueError:  # the slow way: missing values, booleans, text
                 del values[end:]
-                values.extend(_cells(row, names, _place(path, end, names, reader.line_num)))
+                try:
+                    values.extend(_cells(row, names, _place(path, end, names, reader.line_num)))
+                except DataError:
+                    if named and text is not None:
+                        column_index(names, text, str(path))  # the likelier mistake
+                    raise
             if len(values) - end != len(names):
                 raise DataError(
                     f"{_place(path, end, names, reader.line_num)}: expected {len(names)} fields, "
                     f"got {len(row)}"
                 )
-    return Table(np.frombuffer(values).reshape(-1, len(names)), names, named, str(path))
+    cells = np.frombuffer(values).reshape(-1, len(names))
+    return Table(cells, names, named, str(path), tuple(entries))
+
+
+def _code(cell: str | None, entries: dict[str, int]) -> float:
+    """The number of an entry, a new one if it is new; NaN where missing."""
+    entry = "" if cell is None else cell.strip()
+    return np.nan if entry.lower() in MISSING else entries.setdefault(entry, len(entries))
 
 
 def _place(path: Path, end: int, names: Sequence[str], line: int) -> str:
@@ -268,11 +293,11 @@ def _shown(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
-def _read_npy(path: Path) -> Table:
+def _read_npy(path: Path, text: str | None = None) -> Table:
     return _from_array(path, np.lib.format.open_memmap(path, mode="r"))
 
 
-def _read_npz(path: Path) -> Table:
+def _read_npz(path: Path, text: str | None = None) -> Table:
     archive = np.load(path, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise DataError(f"{path} can't be read as .npz: it is a single array; call it .npy")
@@ -302,7 +327,7 @@ def _from_array(path: Path, values: np.ndarray, names: tuple[str, ...] | None = 
     return Table(values, names or default_columns(width), names is not None, str(path))
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, text: str | None = None) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -312,14 +337,20 @@ def _read_parquet(path: Path) -> Table:
     Table(np.empty((0, len(names))), names, name=str(path))  # refuses duplicates
     kinds = ("integer", "floating", "boolean", "decimal", "null")
     is_number = [getattr(pa.types, f"is_{kind}") for kind in kinds]
-    text = [f"{f.name} ({f.type})" for f in fields if not any(test(f.type) for test in is_number)]
-    if text:
-        raise DataError(f"{path}: columns must hold numbers, got {listed(text)}")
+    other = [f for f in fields if not any(test(f.type) for test in is_number)]
+    wrong = [f"{f.name} ({f.type})" for f in other if f.name != text]
+    if wrong:
+        raise DataError(f"{path}: columns must hold numbers, got {listed(wrong)}")
     content = file.read()
     values = np.empty((content.num_rows, len(names)))
-    for i, column in enumerate(content.columns):
-        values[:, i] = column.cast(pa.float64(), safe=False).to_numpy()  # null becomes NaN
-    return Table(values, names, True, str(path))
+    entries: dict[str, int] = {}
+    for i, (field, column) in enumerate(zip(fields, content.columns, strict=True)):
+        if field in other:
+            cells = column.cast(pa.string()).to_pylist()
+            values[:, i] = [_code(cell, entries) for cell in cells]
+        else:
+            values[:, i] = column.cast(pa.float64(), safe=False).to_numpy()  # null becomes NaN
+    return Table(values, names, True, str(path), tuple(entries))
 
 
 def _write_csv(file: IO[bytes], table: Table) -> None:
@@ -327,7 +358,10 @@ def _write_csv(file: IO[bytes], table: Table) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.columns)
     for _, block in blocks(table.values):
-        writer.writerows(block.tolist())
+        rows = block.tolist()
+        if table.entries:
+            rows = [[table.entries[int(first)], *rest] for first, *rest in rows]
+        writer.writerows(rows)
     text.detach()  # flushes, and leaves the file open
 
 
@@ -349,10 +383,12 @@ def _write_parquet(file: IO[bytes], table: Table) -> None:
     import pyarrow.parquet as pq
 
     arrays = [pa.array(np.ascontiguousarray(column)) for column in table.values.T]
+    if table.entries:
+        arrays[0] = pa.array([table.entries[int(code)] for code in table.values[:, 0]])
     pq.write_table(pa.table(arrays, names=list(table.columns)), file)
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
+READERS: dict[str, Callable[[Path, str | None], Table]] = {
     ".csv": _read_csv,
     ".csv.gz": _read_csv,
     ".npy": _read_npy,

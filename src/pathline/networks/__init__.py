@@ -26,6 +26,14 @@ from .semi_implicit import SemiImplicit as SemiImplicit
 from .stability import EvolutionReport as EvolutionReport
 from .stability import StabilityReport as StabilityReport
 from .stability import stability_report as stability_report
+from .trajectory import Members as Members
+from .trajectory import Observations as Observations
+from .trajectory import TrajectoryNet as TrajectoryNet
+from .trajectory import windows as windows
+from .trajectory_check import TrajectoryCheck as TrajectoryCheck
+from .trajectory_check import check_trajectories as check_trajectories
+from .trajectory_fit import TrajectoryFit as TrajectoryFit
+from .trajectory_fit import fit_trajectories as fit_trajectories
 
 __all__ = [
     "Antisymmetric",
@@ -37,8 +45,10 @@ __all__ = [
     "EvolutionReport",
     "Hamiltonian",
     "InvertibleBlock",
+    "Members",
     "Multigrid",
     "MultigridBlock",
+    "Observations",
     "Pair",
     "Parabolic",
     "Regression",
@@ -47,11 +57,17 @@ __all__ = [
     "SemiImplicit",
     "StabilityReport",
     "Supervised",
+    "TrajectoryCheck",
+    "TrajectoryFit",
+    "TrajectoryNet",
     "TwoLayerHamiltonian",
+    "check_trajectories",
     "dense_net",
     "fgsm",
+    "fit_trajectories",
     "imexnet",
     "pde_cnn",
     "pgd",
     "stability_report",
+    "windows",
 ]
