@@ -1,6 +1,8 @@
 """Tables from files, checks that they can have a density, toy densities and real data sets."""
 
 from .electricity import load_electricity
+from .images import Images, load_images
+from .labelled import ellipses, peaks, peaks_function, q_tips, spirals
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
 from .splits import Splits
@@ -25,6 +27,7 @@ __all__ = [
     "Checkerboard",
     "Circles",
     "EightGaussians",
+    "Images",
     "Moons",
     "Pinwheel",
     "Recipe",
@@ -36,13 +39,19 @@ __all__ = [
     "check_support",
     "check_table",
     "column_index",
+    "ellipses",
     "is_published",
     "load_electricity",
+    "load_images",
     "load_mnist",
     "load_published",
     "load_uci",
     "parse_support",
+    "peaks",
+    "peaks_function",
+    "q_tips",
     "read_table",
     "resolution",
+    "spirals",
     "write_table",
 ]
