@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -13,6 +14,7 @@ from .errors import ShapeError
 from .plots import DATA, FAINT, GREY, INK, REFERENCE, SAMPLES, _escape, _ticks
 
 COLOURS = (DATA, SAMPLES, REFERENCE, GREY)
+CLASSES = (DATA, SAMPLES, REFERENCE, "#CC79A7", GREY)
 Line = tuple[ArrayLike, ArrayLike]
 
 
@@ -100,3 +102,42 @@ def _draw(ax: Axes, lines: Mapping[str, Line], marker: str | None = None) -> Non
 def _labels(ax: Axes, x: str, y: str) -> None:
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
+
+
+def regions(
+    x: ArrayLike, y: ArrayLike, maps: Mapping[str, ArrayLike], points: ArrayLike, labels: ArrayLike
+) -> Figure:
+    """Which class classifiers see where in the plane, with labelled points.
+
+    Args:
+        x, y: coordinates, (nx,) and (ny,).
+        maps: classes (ny, nx), whole numbers from 0, by name of the classifier.
+        points: (n, 2).
+        labels: their classes, (n,).
+
+    Returns:
+        A figure with one axes for each classifier.
+    """
+    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    z, classes = np.asarray(points, dtype=float), np.asarray(labels)
+    if z.ndim != 2 or z.shape[1] != 2 or classes.shape != (len(z),):
+        raise ShapeError(
+            f"`points` must be (n, 2) with labels (n,), got {z.shape}, {classes.shape}"
+        )
+    grids = {name: np.asarray(grid) for name, grid in maps.items()}
+    for name, grid in grids.items():
+        if grid.shape != (len(ys), len(xs)):
+            raise ShapeError(f"`maps[{name!r}]` must be ({len(ys)}, {len(xs)}), got {grid.shape}")
+    colours = ListedColormap(CLASSES)
+    figure = Figure(figsize=(3.2 * len(grids), 3.2), layout="constrained")
+    for ax, (name, grid) in zip(
+        np.atleast_1d(figure.subplots(1, len(grids))), grids.items(), strict=True
+    ):
+        shared: Any = {"cmap": colours, "vmin": -0.5, "vmax": len(CLASSES) - 0.5}
+        ax.pcolormesh(xs, ys, grid, alpha=0.35, linewidth=0, rasterized=True, **shared)
+        ax.scatter(z[:, 0], z[:, 1], c=classes, s=4, linewidths=0, **shared)
+        ax.set_title(_escape(name), fontsize=9, color=INK, loc="left")
+        _ticks(ax, size=8, count=5)
+        ax.set_aspect("equal")
+    figure.set_label(f"Classes in the plane as seen by {', '.join(grids)}")
+    return figure

@@ -16,6 +16,7 @@ from . import (
     gradients,
     inference,
     mnist,
+    networks,
     published,
     sbi_benchmark,
     tables,
@@ -109,6 +110,13 @@ EXPERIMENTS = {
         "transport trained with two time steps, with and without penalties of the HJB equation",
         games.run_ablation,
     ),
+    **{
+        name: Experiment(
+            f"stable networks on {name.replace('-', ' ')}: accuracy and gain of three dynamics",
+            partial(networks.run, name),
+        )
+        for name in networks.SETTINGS
+    },
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",
         sbi_benchmark.run,
