@@ -11,7 +11,7 @@ from pathline.cli import main
 from pathline.data import ellipses
 from pathline.errors import ShapeError
 from pathline.network_plots import regions
-from pathline.reproduce import networks
+from pathline.reproduce import networks, transport
 
 
 def reproduce(name, tmp_path, *flags):
@@ -61,3 +61,12 @@ def test_regions_name_what_is_wrong():
         regions(x, x, {"a": np.zeros((2, 3))}, points, labels)
     with pytest.raises(ShapeError, match="`points`"):
         regions(x, x, {}, points, np.zeros(3))
+
+
+def test_transport_view(tmp_path, monkeypatch):
+    monkeypatch.setattr(transport, "POINTS", 20)
+    monkeypatch.setattr(transport, "LAYERS", 8)
+    metrics, page = reproduce("transport-view", tmp_path, "--max-steps", "1")
+    assert metrics["drift"] < 1e-9
+    assert (tmp_path / "run" / "animation.gif").read_bytes().startswith(b"GIF8")
+    assert page.count("<img") == 3

@@ -15,6 +15,7 @@ from .plots import DATA, FAINT, GREY, INK, REFERENCE, SAMPLES, _escape, _ticks
 
 COLOURS = (DATA, SAMPLES, REFERENCE, GREY)
 CLASSES = (DATA, SAMPLES, REFERENCE, "#CC79A7", GREY)
+MARGINS = (1.0, 3.0, 10.0)  # of the scores, drawn as lines
 Line = tuple[ArrayLike, ArrayLike]
 
 
@@ -140,4 +141,56 @@ def regions(
         _ticks(ax, size=8, count=5)
         ax.set_aspect("equal")
     figure.set_label(f"Classes in the plane as seen by {', '.join(grids)}")
+    return figure
+
+
+def advected(
+    times: ArrayLike,
+    features: ArrayLike,
+    labels: ArrayLike,
+    x: ArrayLike,
+    y: ArrayLike,
+    scores: ArrayLike,
+    *,
+    upto: int | None = None,
+) -> Figure:
+    """Features that flow in the plane, and which class the carried classifier sees where.
+
+    Args:
+        times: (n,).
+        features: (n, points, 2).
+        labels: of the points, (points,), whole numbers from 0.
+        x, y: coordinates, (nx,) and (ny,).
+        scores: (n, ny, nx, classes).
+        upto: the index of the time; the last by default.
+
+    Returns:
+        A figure with one axes: classes, level sets of the difference between the two best, points.
+    """
+    t, z, u = np.asarray(times), np.asarray(features), np.asarray(scores)
+    xs, ys, classes = np.asarray(x), np.asarray(y), np.asarray(labels)
+    if z.ndim != 3 or z.shape[::2] != (len(t), 2) or classes.shape != (z.shape[1],):
+        raise ShapeError(
+            f"`features` must be ({len(t)}, points, 2) with labels (points,), got {z.shape}, "
+            f"{classes.shape}"
+        )
+    if u.ndim != 4 or u.shape[:3] != (len(t), len(ys), len(xs)) or u.shape[3] < 2:
+        raise ShapeError(
+            f"`scores` must be ({len(t)}, {len(ys)}, {len(xs)}, classes), got {u.shape}"
+        )
+    last = len(t) - 1 if upto is None else upto
+    best = np.sort(u[last], -1)
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    shared: Any = {
+        "cmap": ListedColormap(CLASSES), "vmin": -0.5, "vmax": len(CLASSES) - 0.5
+    }  # fmt: skip
+    ax.pcolormesh(xs, ys, u[last].argmax(-1), alpha=0.3, linewidth=0, rasterized=True, **shared)
+    margins = best[..., -1] - best[..., -2]
+    ax.contour(xs, ys, margins, levels=MARGINS, colors=INK, linewidths=0.5, alpha=0.6)
+    ax.scatter(z[last, :, 0], z[last, :, 1], c=classes, s=5, linewidths=0, zorder=3, **shared)
+    ax.set_aspect("equal")
+    _ticks(ax, size=8, count=5)
+    ax.set_title(f"time {t[last]:.2f}", fontsize=9, color=INK, loc="left", family="monospace")
+    figure.set_label(f"Features and the carried classifier at time {t[last]:.2f}")
     return figure

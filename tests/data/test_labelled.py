@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pathline.data import ellipses, load_images, load_mnist, peaks, peaks_function, q_tips, spirals
+from pathline.data import (
+    Moons,
+    ellipses,
+    load_images,
+    load_mnist,
+    moons,
+    peaks,
+    peaks_function,
+    q_tips,
+    spirals,
+)
 from pathline.data.labelled import PEAKS
 from pathline.errors import ArgumentError, DataError
 
@@ -17,7 +27,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("make", [ellipses, peaks, lambda n, g: q_tips(n, g, size=16)])
+@pytest.mark.parametrize("make", [ellipses, moons, peaks, lambda n, g: q_tips(n, g, size=16)])
 def test_the_same_seed_gives_the_same_data(make):
     for first, again in zip(make(20, generator(1)), make(20, generator(1)), strict=True):
         assert torch.equal(first, again)
@@ -29,6 +39,16 @@ def test_ellipses():
     size = x[:, 0] ** 2 + (x[:, 1] / 0.4) ** 2
     assert torch.equal(labels[:, 0], (size > 1).double())
     assert size.max() <= 4 and x.shape == (1000, 2)
+
+
+def test_moons():
+    """Each class lies about its own half circle, and the toy density finds both likely."""
+    x, labels = moons(2000, generator())
+    centre = torch.tensor([[-1.0, -0.2], [1.0, 0.8]]).double()[labels[:, 0].long()]
+    assert_close((x - centre).norm(dim=1).mean(), torch.tensor(2.0).double(), atol=0.02, rtol=0)
+    toy = Moons()
+    other = toy.sample(4000, generator(1))
+    assert_close(toy.log_prob(x).mean(), toy.log_prob(other).mean(), atol=0.05, rtol=0)
 
 
 def test_spirals():

@@ -2,7 +2,7 @@
 
 from .electricity import load_electricity
 from .images import Images, load_images
-from .labelled import ellipses, peaks, peaks_function, q_tips, spirals
+from .labelled import ellipses, moons, peaks, peaks_function, q_tips, spirals
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
 from .splits import Splits
@@ -46,6 +46,7 @@ __all__ = [
     "load_mnist",
     "load_published",
     "load_uci",
+    "moons",
     "parse_support",
     "peaks",
     "peaks_function",

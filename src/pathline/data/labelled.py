@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import ArgumentError
+from .toys import Moons
 
 TURNS = 2  # of the spirals
 BANDS = 5  # classes of the peaks
@@ -35,6 +36,23 @@ def ellipses(count: int, generator: Generator | None = None) -> tuple[Tensor, Te
     radius = _uniform(2 * count, generator) + labels
     x = torch.stack([radius * angle.cos(), 0.4 * radius * angle.sin()], 1)
     return x, labels[:, None]
+
+
+def moons(count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Two interleaving half circles of radius 2, blurred by a normal of 0.2, as in `Moons`.
+
+    Args:
+        count: of each of the two classes.
+        generator: source of the points.
+
+    Returns:
+        Points (2 count, 2) and labels (2 count, 1), in double precision.
+    """
+    toy = Moons()
+    x = toy.curves(math.pi * _uniform(count, generator)).flatten(0, 1)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    labels = torch.arange(2).repeat_interleave(count).double()
+    return x + toy.scale * toy.noise * noise, labels[:, None]
 
 
 def spirals(count: int = 513) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ from .semi_implicit import SemiImplicit as SemiImplicit
 from .stability import EvolutionReport as EvolutionReport
 from .stability import StabilityReport as StabilityReport
 from .stability import stability_report as stability_report
+from .transport import TransportView as TransportView
+from .transport import transport_view as transport_view
 
 __all__ = [
     "Antisymmetric",
@@ -47,6 +49,7 @@ __all__ = [
     "SemiImplicit",
     "StabilityReport",
     "Supervised",
+    "TransportView",
     "TwoLayerHamiltonian",
     "dense_net",
     "fgsm",
@@ -54,4 +57,5 @@ __all__ = [
     "pde_cnn",
     "pgd",
     "stability_report",
+    "transport_view",
 ]

@@ -60,10 +60,10 @@ class Evolution(nn.Module):
         """Features at the horizon, of features at time 0, (batch, channels, ...)."""
         return self.dynamics.features(self.evolve(self.dynamics.lift(x)))
 
-    def evolve(self, state: Any) -> Any:
-        """The state at the horizon, of a state at time 0."""
+    def evolve(self, state: Any, start: float = 0.0) -> Any:
+        """The state at the horizon, of a state at time 0, or at `start`."""
         options = {} if self.step is None else {"step_size": self.step}
-        return _last(self._solve(state, [0.0, self.dynamics.horizon], options))
+        return _last(self._solve(state, [start, self.dynamics.horizon], options))
 
     def trajectory(self, state: Any, nodes: int | None = None) -> tuple[Tensor, Any]:
         """Times (nodes + 1,) and the states there, stacked; at the ends of steps by default."""

@@ -21,6 +21,7 @@ from . import (
     sbi_benchmark,
     tables,
     toys,
+    transport,
 )
 from .experiment import Experiment as Experiment
 from .experiment import Outcome as Outcome
@@ -117,6 +118,9 @@ EXPERIMENTS = {
         )
         for name in networks.SETTINGS
     },
+    "transport-view": Experiment(
+        "two moons: how features flow, and carry the classifier, as an animation", transport.run
+    ),
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",
         sbi_benchmark.run,

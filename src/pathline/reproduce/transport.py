@@ -1,0 +1,72 @@
+"""The transport view of a network in the plane: features flow, and carry the classifier.
+
+Source: Ruthotto, Differential equations for continuous-time deep learning, Notices of the AMS
+2024, arXiv 2401.03965.
+"""
+
+from functools import partial
+
+import torch
+
+from ..control_report import write_animation
+from ..data import moons
+from ..nets import TimeBasis
+from ..networks import Classification, dense_net, transport_view
+from ..report import Section
+from ..train import files
+from .experiment import Outcome, RunArguments
+from .networks import accuracy, trained
+from .race import RunFolder, columns
+
+PAPER = "Ruthotto, Differential equations for continuous-time deep learning (arXiv 2401.03965)"
+LAYERS, HORIZON, PIECES = 32, 5.0, 8
+STEPS = {"small": 6, "full": 20}
+POINTS = 500  # of each class
+
+
+def run(arguments: RunArguments, size: str) -> Outcome:
+    """Train z' = tanh(K z + b) in the plane on two moons, and draw its flow and its level sets."""
+    from .. import network_plots
+
+    steps = arguments.max_steps or STEPS[size]
+    folder = RunFolder.open("transport-view", arguments, size, steps=steps)
+    if folder.done:
+        return folder.done
+    source = torch.Generator().manual_seed(arguments.seed + 1000)
+    train, validation = moons(POINTS, source), moons(POINTS, source)
+    time = TimeBasis("piecewise-linear", PIECES, HORIZON)
+    net = dense_net(
+        "residual", 2, 2, width=2, steps=LAYERS, time=time, method="rk4", seed=arguments.seed
+    )
+    objective = Classification(net, smoothness=1e-3, decay=1e-3, head=1e-3)
+    trained(folder, "net", objective, train, validation, max_steps=steps)
+    files.save(net, arguments.out / "model")
+    x, labels = validation
+    view = transport_view(net, x[::2])
+    drift = abs(view.carried - view.carried[-1]).max() / abs(view.carried[-1]).max()
+    shared = (view.times, view.features, labels[::2, 0].numpy(), view.x, view.y, view.scores)
+    gif = write_animation(arguments.out, partial(network_plots.advected, *shared), len(view.times))
+    found = accuracy(net, validation)
+    table = [
+        ("validation accuracy", f"{found:.2%}"),
+        ("training accuracy", f"{accuracy(net, train):.2%}"),
+        ("change of the scores along paths, relative", f"{drift:.1e}"),
+    ]
+    told = (
+        "The scores of a network that begins at a later time are the classifier that is carried "
+        "along with the features: an affine one at the end, with straight level sets, and what "
+        "the network computes at time zero."
+    )
+    sections = [
+        Section("Two moons", told, table=[("", "measured"), *table]),
+        *(
+            Section(title, figure=network_plots.advected(*shared, upto=at))
+            for title, at in (("Inputs", 0), ("Features at the end", len(view.times) - 1))
+        ),
+        Section("The flow", "As in animation.gif beside this file.", animation=gif),
+    ]
+    details = {"accuracy": found, "drift": float(drift)}
+    text = columns(table)
+    source_line = f"{PAPER}, which shows pictures"
+    outcome = Outcome(1 - found, None, source_line, text, details)
+    return folder.write(outcome, "The transport view of a network", sections)
