@@ -24,8 +24,8 @@ OPERATORS: dict[str, Callable[[int], Operator]] = {
     "circulant": CirculantConv,
     "shift": ShiftConv,
 }
-KINDS = ("parabolic", "hamiltonian", "second-order")
-DENSE_KINDS = ("residual", "antisymmetric", *KINDS)
+KINDS = ("parabolic", "hamiltonian", "second-order", "residual")
+DENSE_KINDS = (*KINDS, "antisymmetric")
 
 
 def _recorded(make: Callable[P, ContinuousNet]) -> Callable[P, ContinuousNet]:
@@ -75,7 +75,8 @@ def pde_cnn(
 
     Args:
         kind: "parabolic", "hamiltonian" (first-order hyperbolic; half the weights, reversible) or
-            "second-order" (hyperbolic, leapfrog; reversible).
+            "second-order" (hyperbolic, leapfrog; reversible). And "residual", relu(N(K z)), which
+            is no such equation, for comparison.
         channels, classes: of images and labels.
         widths: of the blocks, and of the classifier; at least two.
         steps, h: of each block, and their length.
@@ -106,6 +107,8 @@ def pde_cnn(
             return Parabolic(couple(width), time, norm=norm)
         if kind == "second-order":
             return SecondOrder(couple(width), time, norm=norm)
+        if kind == "residual":
+            return Residual(couple(width), time, activation="relu", norm=norm)
         half = width // 2
         return TwoLayerHamiltonian(couple(half), couple(half), time, norm=norm)
 

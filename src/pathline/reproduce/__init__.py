@@ -14,6 +14,7 @@ from . import (
     do_vs_od,
     games,
     gradients,
+    images,
     inference,
     mnist,
     networks,
@@ -22,6 +23,7 @@ from . import (
     tables,
     toys,
     transport,
+    weights,
 )
 from .experiment import Experiment as Experiment
 from .experiment import Outcome as Outcome
@@ -120,6 +122,21 @@ EXPERIMENTS = {
     },
     "transport-view": Experiment(
         "two moons: how features flow, and carry the classifier, as an animation", transport.run
+    ),
+    **{
+        f"pde-cnn-{name.replace('10', '')}": Experiment(
+            f"parabolic and hyperbolic networks on {label}, beside a plain residual one",
+            partial(images.run_pde_cnn, name),
+        )
+        for name, label in {"mnist": "MNIST", "cifar10-subset": "a part of CIFAR-10"}.items()
+    },
+    "imexnet-qtips": Experiment(
+        "labels of pixels by far ends of bars: semi-implicit and explicit steps",
+        images.run_q_tips,
+    ),
+    "legendre-surrogate": Experiment(
+        "weights in time by Legendre's polynomials and by monomials: errors and stable rates",
+        weights.run,
     ),
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",

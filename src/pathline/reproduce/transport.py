@@ -4,6 +4,7 @@ Source: Ruthotto, Differential equations for continuous-time deep learning, Noti
 2024, arXiv 2401.03965.
 """
 
+import copy
 from functools import partial
 
 import torch
@@ -43,14 +44,18 @@ def run(arguments: RunArguments, size: str) -> Outcome:
     files.save(net, arguments.out / "model")
     x, labels = validation
     view = transport_view(net, x[::2])
-    drift = abs(view.carried - view.carried[-1]).max() / abs(view.carried[-1]).max()
+    finer = copy.deepcopy(net)
+    for evolution in finer.evolutions():
+        evolution.steps = 2 * LAYERS
+    exact = transport_view(finer, x[::2], nodes=1).carried[0]
+    error = abs(view.carried[0] - exact).max() / abs(exact).max()
     shared = (view.times, view.features, labels[::2, 0].numpy(), view.x, view.y, view.scores)
     gif = write_animation(arguments.out, partial(network_plots.advected, *shared), len(view.times))
     found = accuracy(net, validation)
     table = [
         ("validation accuracy", f"{found:.2%}"),
         ("training accuracy", f"{accuracy(net, train):.2%}"),
-        ("change of the scores along paths, relative", f"{drift:.1e}"),
+        ("change of the scores by twice the steps, relative", f"{error:.1e}"),
     ]
     told = (
         "The scores of a network that begins at a later time are the classifier that is carried "
@@ -65,7 +70,7 @@ def run(arguments: RunArguments, size: str) -> Outcome:
         ),
         Section("The flow", "As in animation.gif beside this file.", animation=gif),
     ]
-    details = {"accuracy": found, "drift": float(drift)}
+    details = {"accuracy": found, "step_error": float(error)}
     text = columns(table)
     source_line = f"{PAPER}, which shows pictures"
     outcome = Outcome(1 - found, None, source_line, text, details)
