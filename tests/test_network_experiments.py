@@ -11,7 +11,7 @@ from pathline.cli import main
 from pathline.data import Images, ellipses
 from pathline.errors import ShapeError
 from pathline.network_plots import regions
-from pathline.reproduce import images, networks, transport, weights
+from pathline.reproduce import images, multilevel, networks, transport, weights
 
 
 def reproduce(name, tmp_path, *flags):
@@ -161,3 +161,11 @@ def test_pde_cnn_without_data(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("PATHLINE_DATA", raising=False)
     assert main(["reproduce", "pde-cnn-cifar-subset", "--out", str(tmp_path / "run")]) == 2
     assert "PATHLINE_DATA" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_multilevel_depth(tmp_path, monkeypatch):
+    monkeypatch.setitem(multilevel.POINTS, "small", (10, 5))
+    monkeypatch.setattr(multilevel, "DEPTHS", (1, 2, 4, 8))
+    metrics, page = reproduce("multilevel-depth", tmp_path, "--max-steps", "1")
+    assert metrics["measured"] == pytest.approx(1 + 1 / 2 + 1 / 4 + 1 / 8)
+    assert metrics["results"]["single"]["work"] == 1.0 and page.count("<img") == 1

@@ -6,6 +6,8 @@ from .convex import ConvexDerivatives as ConvexDerivatives
 from .convex import ConvexPotential as ConvexPotential
 from .convex import Gates as Gates
 from .embedding import Embedding as Embedding
+from .kernels import prolong_kernels as prolong_kernels
+from .kernels import restrict_kernels as restrict_kernels
 from .layers import ACTIVATIONS as ACTIVATIONS
 from .layers import AntisymmetricLayer as AntisymmetricLayer
 from .layers import ChannelNorm as ChannelNorm
@@ -59,5 +61,7 @@ __all__ = [
     "hutchinson",
     "operator_norm",
     "products",
+    "prolong_kernels",
+    "restrict_kernels",
     "row_space",
 ]

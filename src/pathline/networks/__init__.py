@@ -11,6 +11,9 @@ from .dynamics import Dynamics as Dynamics
 from .dynamics import Parabolic as Parabolic
 from .dynamics import Residual as Residual
 from .invertible import InvertibleBlock as InvertibleBlock
+from .levels import deepened as deepened
+from .levels import prolonged as prolonged
+from .levels import restricted as restricted
 from .multigrid import Multigrid as Multigrid
 from .multigrid import MultigridBlock as MultigridBlock
 from .net import ContinuousNet as ContinuousNet
@@ -51,11 +54,14 @@ __all__ = [
     "Supervised",
     "TransportView",
     "TwoLayerHamiltonian",
+    "deepened",
     "dense_net",
     "fgsm",
     "imexnet",
     "pde_cnn",
     "pgd",
+    "prolonged",
+    "restricted",
     "stability_report",
     "transport_view",
 ]

@@ -1,8 +1,9 @@
 """What `pathline.fit` minimises to train a network: cross entropy, or squares."""
 
+import copy
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class Supervised(Objective):
                 raise ArgumentError(f"`{name}` must be at least 0, got {weight!r}")
         self.model, self.shape = net, None if shape is None else tuple(shape)
         self.smoothness, self.decay, self.head = smoothness, decay, head
+
+    def of(self, net: ContinuousNet, shape: Sequence[int] | None = None) -> Self:
+        """The same loss of another network, such as a deeper one; `shape` if it is another too."""
+        other = copy.deepcopy(self)
+        other.model, other.shape = net, self.shape if shape is None else tuple(shape)
+        return other
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(rows,) of the network's outputs and (rows, columns) of targets."""

@@ -17,6 +17,7 @@ from . import (
     images,
     inference,
     mnist,
+    multilevel,
     networks,
     published,
     sbi_benchmark,
@@ -133,6 +134,10 @@ EXPERIMENTS = {
     "imexnet-qtips": Experiment(
         "labels of pixels by far ends of bars: semi-implicit and explicit steps",
         images.run_q_tips,
+    ),
+    "multilevel-depth": Experiment(
+        "peaks by more and more layers, and by all of them at once: accuracy and work",
+        multilevel.run,
     ),
     "legendre-surrogate": Experiment(
         "weights in time by Legendre's polynomials and by monomials: errors and stable rates",

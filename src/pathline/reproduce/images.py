@@ -29,6 +29,7 @@ LABELS = {
     "residual": "plain residual",
 }
 PROBED = 8  # images whose perturbations are followed
+WATCHED = 2000  # images to choose the best weights by
 CHUNK = 256  # images judged at a time
 
 
@@ -62,7 +63,8 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
         return folder.done
     mean, std = _moments(images)
     train, validation, test = (
-        _scaled(part, images, mean, std) for part in (images.train, images.validation, images.test)
+        _scaled(part, images, mean, std)
+        for part in (images.train, images.validation[:WATCHED], images.test)
     )
     results: dict[str, dict[str, Any]] = {}
     for kind in LABELS:
