@@ -31,6 +31,7 @@ from .stability import StabilityReport as StabilityReport
 from .stability import stability_report as stability_report
 from .transport import TransportView as TransportView
 from .transport import transport_view as transport_view
+from .viscous import viscous_scores as viscous_scores
 
 __all__ = [
     "Antisymmetric",
@@ -64,4 +65,5 @@ __all__ = [
     "restricted",
     "stability_report",
     "transport_view",
+    "viscous_scores",
 ]

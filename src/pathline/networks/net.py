@@ -60,10 +60,11 @@ class Evolution(nn.Module):
         """Features at the horizon, of features at time 0, (batch, channels, ...)."""
         return self.dynamics.features(self.evolve(self.dynamics.lift(x)))
 
-    def evolve(self, state: Any, start: float = 0.0) -> Any:
-        """The state at the horizon, of a state at time 0, or at `start`."""
+    def evolve(self, state: Any, start: float = 0.0, stop: float | None = None) -> Any:
+        """The state at time `stop`, the horizon if None, of a state at `start`."""
         options = {} if self.step is None else {"step_size": self.step}
-        return _last(self._solve(state, [start, self.dynamics.horizon], options))
+        stop = self.dynamics.horizon if stop is None else stop
+        return _last(self._solve(state, [start, stop], options))
 
     def trajectory(self, state: Any, nodes: int | None = None) -> tuple[Tensor, Any]:
         """Times (nodes + 1,) and the states there, stacked; at the ends of steps by default."""
