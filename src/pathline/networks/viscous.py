@@ -56,8 +56,10 @@ def viscous_scores(
         z = net.opening(x.to(like))
         z = z.repeat(samples, *(1,) * (z.ndim - 1))
         for stage in net.stages:
-            noisy = isinstance(stage, Evolution)
-            z = _noisy(stage, z, viscosity, generator) if noisy else stage(z)
+            if not isinstance(stage, Evolution):
+                z = stage(z)
+                continue
+            z = _noisy(stage, z, viscosity, generator)
         out = net.head(z)
     finally:
         net.train(training)
