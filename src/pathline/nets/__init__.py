@@ -31,6 +31,7 @@ from .velocity import GradientVelocity as GradientVelocity
 from .velocity import hutch_plus_plus as hutch_plus_plus
 from .velocity import hutchinson as hutchinson
 from .velocity import products as products
+from .wavelet import Haar as Haar
 
 __all__ = [
     "ACTIVATIONS",
@@ -47,6 +48,7 @@ __all__ = [
     "FreeVelocity",
     "Gates",
     "GradientVelocity",
+    "Haar",
     "Layer",
     "LeanConv",
     "Operator",

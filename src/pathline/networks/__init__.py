@@ -3,6 +3,7 @@
 from .architectures import dense_net as dense_net
 from .architectures import imexnet as imexnet
 from .architectures import pde_cnn as pde_cnn
+from .architectures import wavelet_net as wavelet_net
 from .attacks import fgsm as fgsm
 from .attacks import pgd as pgd
 from .dynamics import Antisymmetric as Antisymmetric
@@ -66,4 +67,5 @@ __all__ = [
     "stability_report",
     "transport_view",
     "viscous_scores",
+    "wavelet_net",
 ]

@@ -162,8 +162,8 @@ class ContinuousNet(nn.Module):
         """
         if self.made is None:
             raise ArgumentError(
-                "only networks made by `dense_net`, `pde_cnn` or `imexnet` can be saved as models; "
-                "of others keep the `state_dict()`, and train them without `out`"
+                "only networks made by `dense_net`, `pde_cnn`, `imexnet` or `wavelet_net` can be "
+                "saved as models; of others keep the `state_dict()`, and train them without `out`"
             )
         return self.made
 
@@ -176,6 +176,27 @@ class ContinuousNet(nn.Module):
         z = self.opening(x)
         for stage in self.stages:
             z = stage(z)
+        return z
+
+    @torch.no_grad()
+    def inverse(self, features: Tensor) -> Tensor:
+        """The inputs of which these are the `features`, to round-off.
+
+        Raises:
+            ArgumentError: a part cannot be undone, or keeps less of a state than `features` need.
+        """
+        z = features
+        for part in (*reversed(self.stages), self.opening):
+            if isinstance(part, Evolution) and part.dynamics.lossless:
+                state = part.inverse(part.dynamics.lift(z))
+                z = part.dynamics.features(state)
+            elif hasattr(part, "inverse") and not isinstance(part, Evolution):
+                z = part.inverse(z)  # type: ignore[operator]
+            elif not isinstance(part, nn.Identity):
+                name = type(part.dynamics if isinstance(part, Evolution) else part).__name__
+                raise ArgumentError(
+                    f"the network cannot be undone: {name} does not keep all of its input"
+                )
         return z
 
     def evolutions(self) -> Iterator[Evolution]:
