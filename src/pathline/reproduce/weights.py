@@ -35,7 +35,7 @@ BASES = {
     "a weight for each layer": TimeBasis("piecewise-constant", LAYERS),
 }
 RATES = tuple(0.003 * 2**k for k in range(9))
-STABLE = 2.0  # times the least error of a basis, up to which a rate counts as stable
+STABLE = 1.25  # times the least error of a basis, up to which a rate counts as stable
 STEPS, SEEDS = {"small": 300, "full": 2000}, {"small": 3, "full": 5}
 
 
@@ -75,7 +75,7 @@ def run(arguments: RunArguments, size: str) -> Outcome:
     """Train a surrogate with each basis, several seeds and a range of learning rates.
 
     The error of a basis is that of the rate with the least validation error of a seed; a rate is
-    stable where the worst seed stays within a factor of two of the best rate's.
+    stable where the worst seed stays within a quarter above the best rate's median.
     """
     from ..plots import curves
 
