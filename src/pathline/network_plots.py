@@ -179,15 +179,21 @@ def advected(
             f"`scores` must be ({len(t)}, {len(ys)}, {len(xs)}, classes), got {u.shape}"
         )
     last = len(t) - 1 if upto is None else upto
-    best = np.sort(u[last], -1)
+    levels: tuple[float, ...] = MARGINS
+    if u.shape[3] == 2:  # signed, so that there is no kink where the classes meet
+        margins = u[last, ..., 1] - u[last, ..., 0]
+        levels = (*(-level for level in reversed(MARGINS)), *MARGINS)
+    else:
+        best = np.sort(u[last], -1)
+        margins = best[..., -1] - best[..., -2]
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     ax = figure.subplots()
     shared: Any = {
         "cmap": ListedColormap(CLASSES), "vmin": -0.5, "vmax": len(CLASSES) - 0.5
     }  # fmt: skip
     ax.pcolormesh(xs, ys, u[last].argmax(-1), alpha=0.3, linewidth=0, rasterized=True, **shared)
-    margins = best[..., -1] - best[..., -2]
-    ax.contour(xs, ys, margins, levels=MARGINS, colors=INK, linewidths=0.5, alpha=0.6)
+    lines: Any = {"colors": INK, "linewidths": 0.5, "linestyles": "solid", "alpha": 0.6}
+    ax.contour(xs, ys, margins, levels=levels, **lines)
     ax.scatter(z[last, :, 0], z[last, :, 1], c=classes, s=5, linewidths=0, zorder=3, **shared)
     ax.set_aspect("equal")
     _ticks(ax, size=8, count=5)

@@ -42,6 +42,10 @@ def run(arguments: RunArguments, size: str) -> Outcome:
     net = dense_net(
         "residual", 2, 2, width=2, steps=LAYERS, time=time, method="rk4", seed=arguments.seed
     )
+    with torch.no_grad():  # the features begin as the inputs
+        weight, bias = (p.requires_grad_(False) for p in net.opening.parameters())
+        weight.copy_(torch.eye(2))
+        bias.zero_()
     objective = Classification(net, smoothness=1e-3, decay=1e-3, head=1e-3)
     trained(folder, "net", objective, train, validation, max_steps=steps)
     files.save(net, arguments.out / "model")
