@@ -36,6 +36,18 @@ def test_cross_entropy_by_hand():
     assert_close(objective.validate(torch.cat([x, y], 1).double()), each.detach())
 
 
+def test_weights_of_classes():
+    net, (x, y) = dense_net("hamiltonian", 2, 2, width=6, steps=3), data()
+    each = -torch.log_softmax(net(x), 1).gather(1, y.long())[:, 0]
+    expected = (each * torch.where(y[:, 0] == 1, 3.0, 0.5)).mean()
+    objective = Classification(net, class_weights=(0.5, 3.0))
+    assert_close(objective(torch.cat([x, y], 1).double()).total, expected)
+    with pytest.raises(ArgumentError, match="`class_weights` must be at least 0"):
+        Classification(net, class_weights=(1.0, -1.0))
+    with pytest.raises(ShapeError, match="each of the network's 2 classes, got 3"):
+        pl.fit(Classification(net, class_weights=(1.0, 1.0, 1.0)), (x, y), progress=False)
+
+
 def test_squares_by_hand():
     net = dense_net("antisymmetric", 2, 3, width=4, steps=2)
     x, y = torch.randn(10, 2), torch.randn(10, 3)

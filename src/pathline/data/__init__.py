@@ -1,6 +1,8 @@
 """Tables from files, checks that they can have a density, toy densities and real data sets."""
 
 from .electricity import load_electricity
+from .images import Images, load_images
+from .labelled import ellipses, moons, peaks, peaks_function, q_tips, spirals
 from .labels import read_labelled, write_labelled
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution
@@ -27,6 +29,7 @@ __all__ = [
     "Checkerboard",
     "Circles",
     "EightGaussians",
+    "Images",
     "Moons",
     "Pinwheel",
     "Recipe",
@@ -39,15 +42,22 @@ __all__ = [
     "check_support",
     "check_table",
     "column_index",
+    "ellipses",
     "is_published",
     "load_electricity",
+    "load_images",
     "load_mnist",
     "load_published",
     "load_uci",
+    "moons",
     "parse_support",
+    "peaks",
+    "peaks_function",
+    "q_tips",
     "read_labelled",
     "read_table",
     "resolution",
+    "spirals",
     "write_labelled",
     "write_table",
 ]

@@ -71,11 +71,11 @@ def load_published(name: str, *, fetch: bool = False) -> Splits:
     folder = os.environ.get("PATHLINE_DATA")
     part = Path(folder or ".") / table.subset
     if not fetch and folder and table.read_subset and part.is_file():
-        train, validation, test = _read(table.read_subset, part)
+        train, validation, test = read_parts(table.read_subset, part)
         source = f"{table.source}; {table.subset_is}: not comparable with published numbers"
         return Splits(name, train, validation, test, table.columns, source)
     files = _files(name, fetch)
-    train, validation, test = _read(table.read, files)
+    train, validation, test = read_parts(table.read, files)
     rows = (len(train), len(validation), len(test))
     if rows != table.rows or train.shape[1] != len(table.columns):
         raise DataError(
@@ -101,6 +101,12 @@ def load_mnist(*, fetch: bool = False) -> Splits:
     Raises:
         DataError: the images are neither on file nor to be fetched, or damaged.
     """
+    train, validation, test = read_parts(_mnist, mnist_file(fetch))
+    return Splits("mnist", train, validation, test, default_columns(train.shape[1]), MNIST_SOURCE)
+
+
+def mnist_file(fetch: bool) -> Path:
+    """Where MNIST lies, as in `load_mnist`."""
     folder = os.environ.get("PATHLINE_DATA")
     path = Path(folder or ".") / "mnist" / "mnist.npz"
     if not (folder and path.is_file()):
@@ -110,8 +116,7 @@ def load_mnist(*, fetch: bool = False) -> Splits:
                 "MNIST is not on file: set the environment variable PATHLINE_DATA to a folder "
                 "that holds mnist/mnist.npz, or let `--size full` fetch it"
             )
-    train, validation, test = _read(_mnist, path)
-    return Splits("mnist", train, validation, test, default_columns(train.shape[1]), MNIST_SOURCE)
+    return path
 
 
 def _files(name: str, fetch: bool) -> list[Path]:
@@ -194,7 +199,8 @@ def _cached(name: str) -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "pathline" / name
 
 
-def _read(read: Callable[[Any], Parts], source: Path | list[Path]) -> Parts:
+def read_parts(read: Callable[[Any], Parts], source: Path | list[Path]) -> Parts:
+    """What `read` makes of files, or a `DataError` that says which are damaged."""
     try:
         return read(source)
     except ImportError as error:
@@ -206,7 +212,8 @@ def _read(read: Callable[[Any], Parts], source: Path | list[Path]) -> Parts:
         raise DataError(f"{' and '.join(map(str, paths))} can't be read: {error}") from None
 
 
-def _load(path: Path, key: str) -> np.ndarray:
+def load_array(path: Path, key: str) -> np.ndarray:
+    """An array of an .npz file."""
     with np.load(path, allow_pickle=False) as file:
         values: np.ndarray = file[key]
     return values
@@ -287,7 +294,7 @@ def _patches(path: Path) -> Parts:
     random = np.random.default_rng(0)
     parts = []
     for key in ("train", "val", "test"):
-        pixels = random.permutation(_load(path, key))
+        pixels = random.permutation(load_array(path, key))
         x = (pixels + random.random(pixels.shape)) / 256
         parts.append((x - x.mean(1, keepdims=True))[:, :-1])
     train, validation, test = parts
@@ -296,7 +303,7 @@ def _patches(path: Path) -> Parts:
 
 def _mnist(path: Path) -> Parts:
     train, test = (
-        (_load(path, key).reshape(-1, 28 * 28) / np.float32(255)).astype(np.float32)
+        (load_array(path, key).reshape(-1, 28 * 28) / np.float32(255)).astype(np.float32)
         for key in ("x_train", "x_test")
     )
     return train[:-5000], train[-5000:], test
@@ -313,7 +320,7 @@ BENCHMARKS = {
         ),
         "Hebrail, Berard, Individual household electric power consumption, 2012; UCI, CC BY 4.0",
         "power_subset/power_dec2006.npz",
-        lambda path: _power(_load(path, "x")),
+        lambda path: _power(load_array(path, "x")),
         "two weeks of one winter instead of four years",
     ),
     "gas": Benchmark(
@@ -342,7 +349,7 @@ BENCHMARKS = {
         "artificial neural networks for particle identification, 2005; UCI MiniBooNE particle "
         "identification, CC BY 4.0",
         "miniboone_partial/miniboone_first1523.npz",
-        lambda path: _standardised(_ordered(_load(path, "x"))),
+        lambda path: _standardised(_ordered(load_array(path, "x"))),
         "the first 1,523 of 36,488 rows",
     ),
     "bsds300": Benchmark(

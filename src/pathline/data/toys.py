@@ -147,14 +147,14 @@ class Moons(Toy):
     scale: float = 2.0
     shift: tuple[float, float] = (-1.0, -0.2)
 
-    def _curves(self, angle: Tensor) -> Tensor:
+    def curves(self, angle: Tensor) -> Tensor:
         """Points at the angles (n,) of the upper and the lower half circle, (2, n, 2)."""
         upper = _polar(angle)
         halves = torch.stack((upper, torch.tensor([1.0, 0.5]).to(upper) - upper))
         return self.scale * halves + torch.tensor(self.shift).to(upper)
 
     def _draw(self, n: int, generator: Generator | None) -> Tensor:
-        halves = self._curves(math.pi * _uniform(n, generator))
+        halves = self.curves(math.pi * _uniform(n, generator))
         which = torch.randint(2, (n,), generator=generator)
         noise = self.scale * self.noise * _normal(n, generator)
         return halves[which, torch.arange(n)] + noise
@@ -164,7 +164,7 @@ class Moons(Toy):
         log_weights = (weights / (2 * math.pi)).log()
         log_halves = [
             (_log_gaussian(x[:, None] - half, self.scale * self.noise) + log_weights).logsumexp(1)
-            for half in self._curves(angle)
+            for half in self.curves(angle)
         ]
         return torch.logaddexp(*log_halves)
 

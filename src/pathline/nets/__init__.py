@@ -6,6 +6,8 @@ from .convex import ConvexDerivatives as ConvexDerivatives
 from .convex import ConvexPotential as ConvexPotential
 from .convex import Gates as Gates
 from .embedding import Embedding as Embedding
+from .kernels import prolong_kernels as prolong_kernels
+from .kernels import restrict_kernels as restrict_kernels
 from .layers import ACTIVATIONS as ACTIVATIONS
 from .layers import AntisymmetricLayer as AntisymmetricLayer
 from .layers import ChannelNorm as ChannelNorm
@@ -29,6 +31,7 @@ from .velocity import GradientVelocity as GradientVelocity
 from .velocity import hutch_plus_plus as hutch_plus_plus
 from .velocity import hutchinson as hutchinson
 from .velocity import products as products
+from .wavelet import Haar as Haar
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,6 +48,7 @@ __all__ = [
     "FreeVelocity",
     "Gates",
     "GradientVelocity",
+    "Haar",
     "Layer",
     "LeanConv",
     "Operator",
@@ -59,5 +63,7 @@ __all__ = [
     "hutchinson",
     "operator_norm",
     "products",
+    "prolong_kernels",
+    "restrict_kernels",
     "row_space",
 ]

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any, ParamSpec
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError, unknown
-from ..nets import CirculantConv, Conv, Dense, LeanConv, Operator, ShiftConv, TimeBasis
+from ..nets import CirculantConv, Conv, Dense, Haar, LeanConv, Operator, ShiftConv, TimeBasis
 from .dynamics import Antisymmetric, Dynamics, Parabolic, Residual
 from .net import ContinuousNet
 from .pairs import Hamiltonian, SecondOrder, TwoLayerHamiltonian
@@ -24,8 +24,8 @@ OPERATORS: dict[str, Callable[[int], Operator]] = {
     "circulant": CirculantConv,
     "shift": ShiftConv,
 }
-KINDS = ("parabolic", "hamiltonian", "second-order")
-DENSE_KINDS = ("residual", "antisymmetric", *KINDS)
+KINDS = ("parabolic", "hamiltonian", "second-order", "residual")
+DENSE_KINDS = (*KINDS, "antisymmetric")
 
 
 def _recorded(make: Callable[P, ContinuousNet]) -> Callable[P, ContinuousNet]:
@@ -75,7 +75,8 @@ def pde_cnn(
 
     Args:
         kind: "parabolic", "hamiltonian" (first-order hyperbolic; half the weights, reversible) or
-            "second-order" (hyperbolic, leapfrog; reversible).
+            "second-order" (hyperbolic, leapfrog; reversible). And "residual", relu(N(K z)), which
+            is no such equation, for comparison.
         channels, classes: of images and labels.
         widths: of the blocks, and of the classifier; at least two.
         steps, h: of each block, and their length.
@@ -106,6 +107,8 @@ def pde_cnn(
             return Parabolic(couple(width), time, norm=norm)
         if kind == "second-order":
             return SecondOrder(couple(width), time, norm=norm)
+        if kind == "residual":
+            return Residual(couple(width), time, activation="relu", norm=norm)
         half = width // 2
         return TwoLayerHamiltonian(couple(half), couple(half), time, norm=norm)
 
@@ -167,6 +170,85 @@ def imexnet(
             stages += [image_layer(before, width, size=3), block if implicit else explicit]
         head = nn.Conv2d(widths[-1], classes, 1)
         return ContinuousNet(Inputs(channels, 1), stages, head, steps=steps, gradient=gradient)
+
+
+@_recorded
+def wavelet_net(
+    *,
+    channels: int = 3,
+    classes: int = 10,
+    width: int = 16,
+    levels: int = 3,
+    steps: int = 3,
+    h: float = 1.0,
+    operator: str = "full",
+    norm: bool = True,
+    gradient: str = "reversible",
+    seed: int = 0,
+) -> ContinuousNet:
+    """A classifier of images that loses nothing on the way to its head, and can be run backwards.
+
+    Channels of zeros beside those of the image; `levels` blocks of `steps` steps of
+    `TwoLayerHamiltonian`, between them and after the last Haar wavelets in place of pooling, so
+    that widths are width, 4 width, 16 width, ...; and the mean over pixels to an affine classifier.
+    `net.inverse(net.features(x))` is x. "reversible" gradients keep the last state of each block.
+
+    Args:
+        channels, classes: of images and labels; height and width are multiples of 2^levels.
+        width: of the first block, even, and at least the number of channels.
+        levels: blocks; each has sixteen times the weights of the one before, or four with a lean
+            `operator`.
+        steps, h, operator, norm, gradient, seed: as in `pde_cnn`.
+
+    Raises:
+        ArgumentError: the operator is not known, or the width too small or odd.
+
+    Source: Lensink, Peters, Haber, Fully hyperbolic convolutional neural networks, 2019, arXiv
+    1905.10484, whose blocks are second-order; these are of the first-order system.
+    """
+    if operator not in OPERATORS:
+        raise ArgumentError(unknown("`operator`", str(operator), OPERATORS))
+    if width % 2 or width < channels:
+        raise ArgumentError(
+            f"`width` must be even and at least the {channels} channels, got {width!r}"
+        )
+    time = TimeBasis("piecewise-constant", steps, steps * h)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stages: list[nn.Module] = []
+        for k in range(levels):
+            couple = partial(OPERATORS[operator], width * 4**k // 2)
+            stages += [TwoLayerHamiltonian(couple(), couple(), time, norm=norm), Haar()]
+        last = nn.Linear(width * 4**levels, classes)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+        opening = ZeroChannels(channels, width - channels)
+        return ContinuousNet(opening, stages, head, steps=steps, gradient=gradient)
+
+
+class ZeroChannels(nn.Module):
+    """Channels of zeros behind those of an image.
+
+    Args:
+        channels: of the image.
+        extra: of zeros.
+    """
+
+    def __init__(self, channels: int, extra: int) -> None:
+        super().__init__()
+        self.channels, self.extra = channels, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels + extra, height, width).
+
+        Raises:
+            ShapeError: `x` is no image of as many channels.
+        """
+        x = Inputs(self.channels, 1)(x)
+        return nn.functional.pad(x, (0, 0, 0, 0, 0, self.extra))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """The image, (batch, channels, height, width)."""
+        return z[:, : self.channels]
 
 
 class Inputs(nn.Module):
@@ -264,7 +346,12 @@ def dense_net(
         return ContinuousNet(opening, dynamics, head, method=method, steps=steps, gradient=gradient)
 
 
-ARCHITECTURES = {"dense_net": dense_net, "imexnet": imexnet, "pde_cnn": pde_cnn}
+ARCHITECTURES = {
+    "dense_net": dense_net,
+    "imexnet": imexnet,
+    "pde_cnn": pde_cnn,
+    "wavelet_net": wavelet_net,
+}
 
 
 def made_again(name: str, options: dict[str, Any]) -> ContinuousNet:

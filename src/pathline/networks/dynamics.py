@@ -62,6 +62,11 @@ class Dynamics(nn.Module):
         """What `odeint` integrates."""
         return self
 
+    @property
+    def lossless(self) -> bool:
+        """`lift` and `features` undo each other, so that `ContinuousNet.inverse` can."""
+        return True
+
     def lift(self, x: Tensor) -> Any:
         """The first state of features (batch, channels, ...)."""
         return x
@@ -251,6 +256,10 @@ class Augmented(Dynamics):
     @property
     def field(self) -> Any:
         return self.dynamics.field
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
     def lift(self, x: Tensor) -> Any:
         zeros = x.new_zeros(x.shape[0], self.extra, *x.shape[2:])

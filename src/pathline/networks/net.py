@@ -60,10 +60,11 @@ class Evolution(nn.Module):
         """Features at the horizon, of features at time 0, (batch, channels, ...)."""
         return self.dynamics.features(self.evolve(self.dynamics.lift(x)))
 
-    def evolve(self, state: Any) -> Any:
-        """The state at the horizon, of a state at time 0."""
+    def evolve(self, state: Any, start: float = 0.0, stop: float | None = None) -> Any:
+        """The state at time `stop`, the horizon if None, of a state at `start`."""
         options = {} if self.step is None else {"step_size": self.step}
-        return _last(self._solve(state, [0.0, self.dynamics.horizon], options))
+        stop = self.dynamics.horizon if stop is None else stop
+        return _last(self._solve(state, [start, stop], options))
 
     def trajectory(self, state: Any, nodes: int | None = None) -> tuple[Tensor, Any]:
         """Times (nodes + 1,) and the states there, stacked; at the ends of steps by default."""
@@ -161,8 +162,8 @@ class ContinuousNet(nn.Module):
         """
         if self.made is None:
             raise ArgumentError(
-                "only networks made by `dense_net`, `pde_cnn` or `imexnet` can be saved as models; "
-                "of others keep the `state_dict()`, and train them without `out`"
+                "only networks made by `dense_net`, `pde_cnn`, `imexnet` or `wavelet_net` can be "
+                "saved as models; of others keep the `state_dict()`, and train them without `out`"
             )
         return self.made
 
@@ -175,6 +176,27 @@ class ContinuousNet(nn.Module):
         z = self.opening(x)
         for stage in self.stages:
             z = stage(z)
+        return z
+
+    @torch.no_grad()
+    def inverse(self, features: Tensor) -> Tensor:
+        """The inputs of which these are the `features`, to round-off.
+
+        Raises:
+            ArgumentError: a part cannot be undone, or keeps less of a state than `features` need.
+        """
+        z = features
+        for part in (*reversed(self.stages), self.opening):
+            if isinstance(part, Evolution) and part.dynamics.lossless:
+                state = part.inverse(part.dynamics.lift(z))
+                z = part.dynamics.features(state)
+            elif hasattr(part, "inverse") and not isinstance(part, Evolution):
+                z = part.inverse(z)  # type: ignore[operator]
+            elif not isinstance(part, nn.Identity):
+                name = type(part.dynamics if isinstance(part, Evolution) else part).__name__
+                raise ArgumentError(
+                    f"the network cannot be undone: {name} does not keep all of its input"
+                )
         return z
 
     def evolutions(self) -> Iterator[Evolution]:

@@ -1,8 +1,9 @@
 """What `pathline.fit` minimises to train a network: cross entropy, or squares."""
 
+import copy
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class Supervised(Objective):
                 raise ArgumentError(f"`{name}` must be at least 0, got {weight!r}")
         self.model, self.shape = net, None if shape is None else tuple(shape)
         self.smoothness, self.decay, self.head = smoothness, decay, head
+
+    def of(self, net: ContinuousNet, shape: Sequence[int] | None = None) -> Self:
+        """The same loss of another network, such as a deeper one; `shape` if it is another too."""
+        other = copy.deepcopy(self)
+        other.model, other.shape = net, self.shape if shape is None else tuple(shape)
+        return other
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(rows,) of the network's outputs and (rows, columns) of targets."""
@@ -143,15 +150,33 @@ class Classification(Supervised):
 
     Args:
         net, shape, smoothness, decay, head: as in `Supervised`.
+        class_weights: factors of the losses of labels, (classes,), such as where few pixels are
+            not background; ones if None.
 
     Raises:
         ArgumentError: a weight is negative.
         DataError: a label is none of the classes that the network knows; in `fit`, before training.
     """
 
+    def __init__(
+        self,
+        net: ContinuousNet,
+        *,
+        shape: Sequence[int] | None = None,
+        smoothness: float = 0.0,
+        decay: float = 0.0,
+        head: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(net, shape=shape, smoothness=smoothness, decay=decay, head=head)
+        if class_weights is not None and not all(weight >= 0 for weight in class_weights):
+            raise ArgumentError(f"`class_weights` must be at least 0, got {class_weights!r}")
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         labels = targets.reshape(len(outputs), *outputs.shape[2:]).long()
-        each = F.cross_entropy(outputs, labels, reduction="none")
+        factors = None if self.class_weights is None else outputs.new_tensor(self.class_weights)
+        each = F.cross_entropy(outputs, labels, weight=factors, reduction="none")
         return each.flatten(1).mean(1) if each.ndim > 1 else each
 
     def check(self, rows: Rows) -> None:
@@ -167,6 +192,12 @@ class Classification(Supervised):
                 )
 
     def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        given = self.class_weights
+        if given is not None and outputs.ndim > 1 and len(given) != outputs.shape[1]:
+            raise ShapeError(
+                f"`class_weights` must be one for each of the network's {outputs.shape[1]} "
+                f"classes, got {len(given)}"
+            )
         pixels = prod(outputs.shape[2:])
         if outputs.ndim < 2 or targets.shape[1] != pixels:
             raise ShapeError(

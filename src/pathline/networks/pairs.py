@@ -49,6 +49,10 @@ class Pair(Dynamics):
         """The two halves, of which the steps ask one at a time."""
         return Separable(self.first, self.second)
 
+    @property
+    def lossless(self) -> bool:
+        return not self.augment
+
     def lift(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y, z) of the features.
 

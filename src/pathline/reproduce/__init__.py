@@ -14,13 +14,18 @@ from . import (
     do_vs_od,
     games,
     gradients,
+    images,
     inference,
     mnist,
+    multilevel,
+    networks,
     published,
     sbi_benchmark,
     stochastic_games,
     tables,
     toys,
+    transport,
+    weights,
 )
 from .experiment import Experiment as Experiment
 from .experiment import Outcome as Outcome
@@ -113,6 +118,35 @@ EXPERIMENTS = {
     "mfg-hjb-ablation": Experiment(
         "transport trained with two time steps, with and without penalties of the HJB equation",
         games.run_ablation,
+    ),
+    **{
+        name: Experiment(
+            f"stable networks on {name.replace('-', ' ')}: accuracy and gain of three dynamics",
+            partial(networks.run, name),
+        )
+        for name in networks.SETTINGS
+    },
+    "transport-view": Experiment(
+        "two moons: how features flow, and carry the classifier, as an animation", transport.run
+    ),
+    **{
+        f"pde-cnn-{name.replace('10', '')}": Experiment(
+            f"parabolic and hyperbolic networks on {label}, beside a plain residual one",
+            partial(images.run_pde_cnn, name),
+        )
+        for name, label in {"mnist": "MNIST", "cifar10-subset": "a part of CIFAR-10"}.items()
+    },
+    "imexnet-qtips": Experiment(
+        "labels of pixels by far ends of bars: semi-implicit and explicit steps",
+        images.run_q_tips,
+    ),
+    "multilevel-depth": Experiment(
+        "peaks by more and more layers, and by all of them at once: accuracy and work",
+        multilevel.run,
+    ),
+    "legendre-surrogate": Experiment(
+        "weights in time by Legendre's polynomials and by monomials: errors and stable rates",
+        weights.run,
     ),
     "sbi-benchmark": Experiment(
         "tasks of the sbi benchmark by COT-Flow and PCP-Map, beside the published figures of NPE",

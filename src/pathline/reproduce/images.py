@@ -1,0 +1,248 @@
+"""Networks motivated by partial differential equations, on images.
+
+Source: Ruthotto and Haber, Deep neural networks motivated by partial differential equations, JMIV
+2020, arXiv 1804.04272; Haber, Lensink, Treister, Ruthotto, IMEXnet, ICML 2019, arXiv 1903.02639.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Images, load_images, q_tips
+from ..data.labelled import GREY
+from ..networks import Classification, ContinuousNet, imexnet, pde_cnn, stability_report
+from ..report import Section
+from ..train import files
+from .experiment import Outcome, RunArguments
+from .networks import trained
+from .race import RunFolder, columns
+
+PDE_PAPER = "Ruthotto and Haber, arXiv 1804.04272"
+LABELS = {
+    "parabolic": "parabolic",
+    "hamiltonian": "Hamiltonian",
+    "second-order": "second-order",
+    "residual": "plain residual",
+}
+PROBED = 8  # images whose perturbations are followed
+WATCHED = 2000  # images to choose the best weights by
+CHUNK = 256  # images judged at a time
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of networks and training; the best of the networks of equations is what is measured."""
+
+    widths: tuple[int, ...]
+    iterations: int
+    batch: int
+    rate: float
+
+
+SETTINGS = {
+    ("mnist", "small"): Setting((8, 16, 32, 32), 4000, 64, 0.01),
+    ("mnist", "full"): Setting((16, 32, 64, 64), 16_000, 64, 0.01),
+    ("cifar10-subset", "small"): Setting((16, 32, 64, 64), 1500, 64, 0.01),
+    ("cifar10-subset", "full"): Setting((32, 64, 112, 112), 12_000, 64, 0.01),
+}
+
+
+def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
+    """Train parabolic, Hamiltonian and second-order networks, and a plain residual one of as many
+    layers, in equally many steps without augmentation."""
+    setting = SETTINGS[name, size]
+    images = load_images(name, fetch=size == "full")
+    iterations = arguments.max_steps or setting.iterations
+    experiment = f"pde-cnn-{name.replace('10', '')}"
+    folder = RunFolder.open(experiment, arguments, size, iterations=iterations, data=images.source)
+    if folder.done:
+        return folder.done
+    mean, std = _moments(images)
+    train, validation, test = (
+        _scaled(part, images, mean, std)
+        for part in (images.train, images.validation[:WATCHED], images.test)
+    )
+    results: dict[str, dict[str, Any]] = {}
+    for kind in LABELS:
+        net = pde_cnn(
+            kind,
+            channels=images.shape[0],
+            classes=images.classes,
+            widths=setting.widths,
+            seed=arguments.seed,
+        )
+        objective = Classification(net, shape=images.shape, decay=2e-4, head=2e-4)
+        part = trained(
+            *(folder, kind, objective, train, validation),
+            max_steps=iterations, batch_size=setting.batch, learning_rate=setting.rate,
+        )  # fmt: skip
+        few = torch.from_numpy(test[:PROBED, :-1]).view(-1, *images.shape)
+        results[kind] = {
+            "accuracy": _accuracy(net, test, images.shape),
+            "validation_accuracy": part.metrics["accuracy"],
+            "gain": float(stability_report(net, few).worst[-1]),
+            "weights": sum(p.numel() for p in net.parameters()),
+            "seconds": part.seconds,
+        }
+        if kind == "hamiltonian":
+            files.save(net, arguments.out / "model")
+    table = [
+        ("", "test", "validation", "worst gain", "weights", "seconds"),
+        *(
+            (
+                LABELS[kind],
+                f"{found['accuracy']:.2%}",
+                f"{found['validation_accuracy']:.2%}",
+                f"{found['gain']:.3g}",
+                f"{found['weights']:,}",
+                f"{found['seconds']:.0f}",
+            )
+            for kind, found in results.items()
+        ),
+    ]
+    told = (
+        f"Accuracy on {len(test):,} images, of networks of widths {setting.widths} after "
+        f"{iterations:,} steps of {setting.batch} images. The gain is by how much a network "
+        "amplifies the worst small perturbation of an image, up to its features."
+    )
+    best = max(found["accuracy"] for kind, found in results.items() if kind != "residual")
+    source = f"{PDE_PAPER}; its figures are of larger data and networks"
+    text = f"{columns(table)}\nmeasured: the least test error of the three equations"
+    outcome = Outcome(1 - best, None, source, text, {"results": results})
+    section = Section("Equations side by side", f"{told}\n\n{images.source}", table=table)
+    return folder.write(outcome, f"Networks of differential equations on {name}", [section])
+
+
+def _moments(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the channels, (channels, 1) each."""
+    pixels = images.train[:, :-1].reshape(len(images.train), images.shape[0], -1)
+    return pixels.mean((0, 2))[:, None], pixels.std((0, 2))[:, None]
+
+
+def _scaled(rows: np.ndarray, images: Images, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    pixels = rows[:, :-1].reshape(len(rows), images.shape[0], -1)
+    scaled = ((pixels - mean) / std).reshape(len(rows), -1)
+    return np.concatenate([scaled, rows[:, -1:]], 1, dtype=np.float32)
+
+
+@torch.no_grad()
+def _predictions(net: ContinuousNet, x: Tensor) -> Tensor:
+    """Classes of images (batch, channels, height, width)."""
+    net.eval()
+    return torch.cat([net(part.float()).argmax(1) for part in x.split(CHUNK)])
+
+
+def _accuracy(net: ContinuousNet, rows: np.ndarray, shape: Sequence[int]) -> float:
+    x = torch.from_numpy(rows)
+    found = _predictions(net, x[:, :-1].view(-1, *shape))
+    return (found == x[:, -1].long()).double().mean().item()
+
+
+IMEX_PAPER = (
+    "Haber et al., IMEXnet (arXiv 1903.02639): the semi-implicit network is clearly better than "
+    "the explicit one; figures are not known"
+)
+KERNELS = {"semi-implicit": True, "explicit": False}
+CONTRAST = 4.0  # of grey levels, which differ by 0.06 between bar and background
+
+
+@dataclass(frozen=True)
+class QTips:
+    """Images and networks for them."""
+
+    pixels: int
+    widths: tuple[int, ...]
+    rows: tuple[int, int]
+    iterations: int
+
+
+Q_TIPS = {
+    "small": QTips(32, (16, 16, 16), (512, 128), 1600),
+    "full": QTips(64, (64, 128, 256), (1024, 64), 12_800),
+}
+
+
+def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
+    """Label pixels of bars by the colours of their far ends, with semi-implicit steps and, with the
+    same kernels, explicit ones, whose field of view is shorter than a bar.
+
+    Losses of bars and background count equally.
+    """
+    setting = Q_TIPS[size]
+    iterations = arguments.max_steps or setting.iterations
+    folder = RunFolder.open("imexnet-qtips", arguments, size, iterations=iterations)
+    if folder.done:
+        return folder.done
+    source = torch.Generator().manual_seed(arguments.seed + 1000)
+    train, validation = (q_tips(rows, source, size=setting.pixels) for rows in setting.rows)
+    share = (train[1] > 0).double().mean().item()
+    factors = (0.5 / (1 - share), *3 * (0.5 / share,))
+    results: dict[str, dict[str, Any]] = {}
+    shape = (1, setting.pixels, setting.pixels)
+    for label, implicit in KERNELS.items():
+        net = imexnet(widths=setting.widths, implicit=implicit, seed=arguments.seed)
+        objective = Classification(net, shape=shape, class_weights=factors)
+        part = trained(
+            *(folder, label, objective, _pixels(train), _pixels(validation)),
+            max_steps=iterations, batch_size=8 if size == "full" else 16, learning_rate=0.01,
+        )  # fmt: skip
+        found = _predictions(net, CONTRAST * (validation[0] - GREY))
+        results[label] = bar_figures(found, validation[1].long()) | {
+            "weights": sum(p.numel() for p in net.parameters()),
+            "seconds": part.seconds,
+        }
+        if implicit:
+            files.save(net, arguments.out / "model")
+    table = [
+        ("", "right of bars", "right of all pixels", "IoU", "weights", "seconds"),
+        *(
+            (
+                label,
+                *(f"{found[key]:.2%}" for key in ("bars", "pixels")),
+                f"{found['iou']:.3f}",
+                f"{found['weights']:,}",
+                f"{found['seconds']:.0f}",
+            )
+            for label, found in results.items()
+        ),
+    ]
+    told = (
+        f"Shares of right labels of {setting.rows[1]} images of {setting.pixels} x "
+        f"{setting.pixels} pixels after {iterations:,} steps; IoU is the mean over the four "
+        "classes of intersection over union."
+    )
+    text = f"{columns(table)}\nmeasured: share of wrong labels on bars, semi-implicit"
+    error = 1 - results["semi-implicit"]["bars"]
+    outcome = Outcome(error, None, IMEX_PAPER, text, {"results": results})
+    section = Section("Semi-implicit and explicit steps", told, table=table)
+    return folder.write(outcome, "Q-tips by semi-implicit steps", [section])
+
+
+def _pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Flat rows for training."""
+    x, labels = data
+    return CONTRAST * (x - GREY).flatten(1), labels.flatten(1)
+
+
+def bar_figures(found: Tensor, labels: Tensor, classes: int = 4) -> dict[str, float]:
+    """Shares of right labels on bars and everywhere, and the mean intersection over union.
+
+    Args:
+        found, labels: classes of pixels, whole numbers, of equal shape; 0 is background.
+        classes: how many; those that are in neither of them do not count.
+    """
+    right, bar = found == labels, labels > 0
+    overlaps = []
+    for k in range(classes):
+        union = ((found == k) | (labels == k)).sum().item()
+        if union:
+            overlaps.append(((found == k) & (labels == k)).sum().item() / union)
+    return {
+        "bars": right[bar].double().mean().item(),
+        "pixels": right.double().mean().item(),
+        "iou": sum(overlaps) / len(overlaps),
+    }
