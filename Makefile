@@ -48,6 +48,9 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/training_curves.py --method ours nsf --summary
 	$(BIN)/python benchmarks/solvers.py
+	$(BIN)/python benchmarks/control.py
+	$(BIN)/python benchmarks/games.py
+	$(BIN)/python benchmarks/networks.py
 
 clean:
 	rm -rf $(VENV) build dist runs src/pathline/native/*.so

@@ -36,7 +36,7 @@ crowd = pl.control.solve(
     weights=Weights(hjb=5.0, terminal=1.0, terminal_gradient=0.0),
     steps=6,
     width=24,
-    max_steps=60 if os.environ.get("SMOKE") else 500,
+    max_steps=150 if os.environ.get("SMOKE") else 500,
     learning_rate=0.05,
     progress=False,
 )

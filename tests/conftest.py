@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Distribution
 
 
 def torch_globals() -> dict[str, object]:
@@ -27,9 +28,10 @@ def same_torch():
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    before = torch_globals()
+    before, checks = torch_globals(), Distribution._validate_args
     yield
     after = torch_globals()
+    Distribution.set_default_validate_args(checks)  # torch.compile switches them off
     torch.set_default_dtype(before["default dtype"])
     torch.set_grad_enabled(before["grad mode"])
     torch.set_num_threads(before["threads"])

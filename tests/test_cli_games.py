@@ -221,7 +221,7 @@ def test_experiments():
     names = {name for name in EXPERIMENTS if name.startswith("mfg-")}
     dims = ("", "-10", "-50", "-100")
     assert names == {
-        "mfg-shift", "mfg-hjb-ablation", *(f"mfg-transport{dim}" for dim in dims),
+        "mfg-shift", "mfg-hjb-ablation", "mfg-stochastic", *(f"mfg-transport{dim}" for dim in dims),
         *(f"mfg-crowd-motion{dim}" for dim in dims),
     }  # fmt: skip
 

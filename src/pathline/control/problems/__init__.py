@@ -52,7 +52,7 @@ class Named:
     summary: str
     options: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
-    special: Callable[[Any], dict[str, Any]] = lambda problem: {}
+    special: Callable[[Any], dict[str, Any]] | None = None
 
 
 STOCHASTIC = Weights(hjb=1.0, terminal=1.0)
@@ -169,4 +169,4 @@ def settings(problem: Problem, problems: Mapping[str, Named] = PROBLEMS, /) -> d
     """Arguments of `control.solve` that suit a problem which `make` built."""
     assert problem.made is not None
     named = problems[problem.made["name"]]
-    return named.settings | named.special(problem)
+    return named.settings | (named.special(problem) if named.special else {})
