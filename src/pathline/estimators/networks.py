@@ -202,10 +202,6 @@ class ContinuousRegressor(RegressorMixin, _Continuous):
     The network, its arguments and the treatment of rows and weights are those of
     `ContinuousClassifier`; the targets are brought to mean 0 and variance 1 as well.
 
-    Args:
-        dynamics, width, steps, horizon, basis, order, method, gamma, smoothness, decay, max_steps,
-            batch_size, learning_rate, patience, random_state, verbose: as there.
-
     Attributes:
         net_: the trained `ContinuousNet`, in double precision, of standardised columns and targets.
         n_iter_: training steps taken.
