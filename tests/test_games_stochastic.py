@@ -9,7 +9,7 @@ from scipy.integrate import solve_bvp, solve_ivp
 from torch.distributions import Independent, Normal
 
 from mfg_grid import solve_grid
-from pathline.control import riccati_value, transcribe
+from pathline.control import riccati_value, solve, transcribe
 from pathline.control.rollout import brownian
 from pathline.errors import ArgumentError, DataError, ShapeError
 from pathline.games.alternation import (
@@ -20,6 +20,7 @@ from pathline.games.alternation import (
     solve_alternating,
     walk,
 )
+from pathline.games.problems import stochastic_crowd
 from pathline.games.stochastic import StochasticGame
 
 END, STEEP = -3.0, 3.0  # of the terminal cost
@@ -301,3 +302,8 @@ def test_more_viscosity_spreads_the_crowd():
         )
         spreads.append([population.sample(8192, t).var(0).sum().item() for t in (0.5, 1.0)])
     assert (np.diff(spreads, axis=0) > 0).all()
+
+
+def test_control_solve_refuses_what_it_would_solve_without_the_crowd():
+    with pytest.raises(ArgumentError, match=r"use games\.solve_alternating"):
+        solve(stochastic_crowd(), max_steps=1)

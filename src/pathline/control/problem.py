@@ -45,6 +45,7 @@ class Problem:
         grading: of the time steps in training: 2 lets them shorten towards the end, where a steep
             terminal cost asks for it; 1 for equal steps.
         name: of the problem, in reports.
+        solver: the function that solves it, for what `control.solve` can't.
         made: name and options with which `control.problems.make` builds the problem again; None
             for one of your own, which a saved policy has to be given when it is loaded.
     """
@@ -58,6 +59,7 @@ class Problem:
     noise: Tensor | None = None
     interaction: Interaction | None = None
     grading: float = 1.0
+    solver: str = "control.solve"
     made: dict[str, Any] | None = None
     is_transport = False  # f = u, L = |u|^2 / 2 and G = |z|^2 / 2 + constant; not inherited
 

@@ -87,6 +87,8 @@ def solve(
         raise ArgumentError(f"`base` must be 'auto', 'path' or 'none', got {base!r}")
     if not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"`steps` must be a positive integer, got {steps!r}")
+    if problem.solver != "control.solve":
+        raise ArgumentError(f"`problem` is a {type(problem).__name__}: use {problem.solver}")
     problem.check(seed=seed).demand()
     generator = torch.Generator().manual_seed(seed)
     starts, judges = problem.initial(STARTS, generator), problem.initial(JUDGES, generator)

@@ -48,6 +48,8 @@ class StochasticGame(Problem):
     Source: Lin et al. (arXiv 2002.10113), equations (1) to (3), with a quadratic Hamiltonian.
     """
 
+    solver = "games.solve_alternating"
+
     def __init__(
         self,
         initial: Given,
