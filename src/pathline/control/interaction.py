@@ -75,5 +75,6 @@ class Tally:
 
 
 def size(residual: Tensor) -> Tensor:
-    """|residual|, smooth at zero: a quasi-Newton method does not see a kink."""
+    """|residual|, rounded within about `SMOOTH` of zero: a quasi-Newton method does not see a
+    kink."""
     return (residual.square() + SMOOTH**2).sqrt() - SMOOTH

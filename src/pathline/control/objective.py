@@ -107,21 +107,26 @@ class ValueObjective(Objective):
         problem, potential = self.problem, self.model.potential
         assert path.running_cost is not None
         end = torch.as_tensor(problem.horizon, dtype=torch.float64).to(x)
-        with torch.enable_grad():
-            z = path.z if path.z.requires_grad else path.z.detach().requires_grad_(True)
-            G = problem.terminal_cost(z)
-            slope = gradient(G, z)
         phi = potential.bind()(path.z, end, dt=False, laplacian=False)
         assert phi.value is not None and phi.grad is not None
-        cost, target = path.running_cost + G, G
-        terms = {"terminal_gradient": (phi.grad - slope).abs().sum(1)}
-        if problem.interaction is not None:
+        if problem.interaction is None:
+            with torch.enable_grad():
+                z = path.z if path.z.requires_grad else path.z.detach().requires_grad_(True)
+                G = problem.terminal_cost(z)
+                slope = gradient(G, z)
+            cost = path.running_cost + G
+            terms = {
+                "cost": cost,
+                "terminal": (phi.value - G).abs(),
+                "terminal_gradient": (phi.grad - slope).abs().sum(1),
+            }
+        else:  # whose terminal gradient would be that of the density, too
             assert path.log_det is not None
+            G = problem.terminal_cost(path.z)
             log_density = problem.interaction.initial_log_density(x) - path.log_det
             share, variation = problem.interaction.terminal(path.z, log_density)
-            cost, target = cost + share, G + variation
-            del terms["terminal_gradient"]  # it has the gradient of the density
-        terms |= {"cost": cost, "terminal": size(phi.value - target)}
+            cost = path.running_cost + G + share
+            terms = {"cost": cost, "terminal": size(phi.value - G - variation)}
         if path.hjb is not None:
             terms["hjb"] = path.hjb
         if path.bsde is not None:
