@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Independent, Normal
 
 import pathline as pl
+from command_line import refused
 from pathline import games_report
 from pathline.cli import main
 from pathline.control.problems import PROBLEMS
@@ -32,18 +33,6 @@ def small():
             patch.setattr(games_report, name, value)
         patch.setattr(equilibria, "PARTICLES", 128)
         yield
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
-    """The command ends with exit code 2 and one line that says why."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    lines = shown.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
 
 
 @pytest.fixture(scope="module")

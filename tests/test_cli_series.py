@@ -9,6 +9,7 @@ import pytest
 from scipy.linalg import expm
 
 import pathline as pl
+from command_line import refused
 from pathline.cli import main
 from pathline.data import Series, read_labelled, read_table
 from pathline.networks import TrajectoryNet
@@ -50,18 +51,6 @@ def folder(made, tmp_path, capsys) -> Path:
     found = Path(shutil.copytree(made, tmp_path / "copy"))
     capsys.readouterr()
     return found
-
-
-def refused(capsys, arguments: list[str], *words: str) -> None:
-    """The command ends with exit code 2 and one line that says why."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    lines = shown.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def test_the_run(made):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pathline as pl
+from command_line import refused
 from pathline import control_plots
 from pathline.cli import main
 from pathline.control.problems import PROBLEMS
@@ -16,18 +17,6 @@ from pathline.errors import ShapeError
 from pathline.plots import to_png
 
 LQR = ["solve", "lqr", "--max-steps", "5", "--width", "8", "--time-steps", "20"]
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
-    """The command ends with exit code 2 and one line that says why."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    lines = shown.err.strip().splitlines()
-    assert len(lines) == 1, lines
-    for word in words:
-        assert word in lines[0]
 
 
 @pytest.fixture(scope="module")
