@@ -6,19 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from ..control import Interaction, Policy, Problem
+from ..control import Interaction, Policy
 from ..control.check import ProblemCheck
 from ..errors import ArgumentError, DataError
 from ..nets import Derivatives
 from .costs import Field, closeness, try_cost
 from .density import Density, Given
+from .kinetic import Kinetic
 
 PROBED = 256  # states at which a density or a preference is tried
 
 
-class MeanFieldGame(Problem):
+class MeanFieldGame(Kinetic):
     """Minimise over velocities u and the density rho that they carry from `initial`
 
         transport E int |u|^2 / 2 dt + E int preference(z) dt + entropy int int rho log rho dx dt
@@ -100,27 +101,10 @@ class MeanFieldGame(Problem):
         if self.preference is not None:
             try_cost("preference", self.preference, x)
 
-    def initial(self, count: int, generator: Generator) -> Tensor:
-        """Samples of the initial density, (count, dim) in double precision."""
-        return self.source.sample(count, generator).double()
-
-    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        """u."""
-        return u
-
-    def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        """Kinetic energy and preference, weighted, (batch,)."""
-        kinetic = 0.5 * self.transport * u.square().sum(1)
-        return kinetic if self.preference is None else kinetic + self.preference(z)
-
     def terminal_cost(self, z: Tensor) -> Tensor:
         """What of the divergence does not depend on the density: -log of the terminal one,
         weighted, (batch,)."""
         return -self.terminal_weight * self.target.log_prob(z)
-
-    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        """-p / transport."""
-        return -p / self.transport
 
     def divergence(
         self, t: Tensor, z: Tensor, phi: Derivatives, velocity: Callable[[Tensor], Tensor]

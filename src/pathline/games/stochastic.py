@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from ..control import Problem
 from ..errors import ArgumentError
 from .costs import Field, closeness, try_cost
 from .density import Density, Given
+from .kinetic import Kinetic
 
 if TYPE_CHECKING:
     from .population import Population
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PROBED = 256  # states at which costs are tried
 
 
-class StochasticGame(Problem):
+class StochasticGame(Kinetic):
     """Each agent minimises, given the density rho of all of them,
 
         E int transport |u|^2 / 2 + preference(z) + crowding(z, rho) dt + E terminal_cost(z(T))
@@ -81,26 +81,9 @@ class StochasticGame(Problem):
             if cost is not None:
                 try_cost(key, cost, x)
 
-    def initial(self, count: int, generator: Generator) -> Tensor:
-        """Samples of the initial density, (count, dim) in double precision."""
-        return self.source.sample(count, generator).double()
-
-    def dynamics(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        """u."""
-        return u
-
-    def running_cost(self, t: Tensor, z: Tensor, u: Tensor) -> Tensor:
-        """Kinetic energy, weighted, and preference, (batch,)."""
-        kinetic = 0.5 * self.transport * u.square().sum(1)
-        return kinetic if self.preference is None else kinetic + self.preference(z)
-
     def terminal_cost(self, z: Tensor) -> Tensor:
         """As given, (batch,)."""
         return self.final(z)
-
-    def feedback(self, t: Tensor, z: Tensor, p: Tensor) -> Tensor:
-        """-p / transport."""
-        return -p / self.transport
 
     def crowding(self, z: Tensor, others: Tensor) -> Tensor:
         """What agents at `z` (batch, dim) pay for a population with particles at `others`
