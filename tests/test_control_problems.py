@@ -162,6 +162,25 @@ def test_swarm50_starts_and_ends_clear_of_the_blocks():
     assert 0.5 * (ends[0] - ends[1]).square().sum().item() == pytest.approx(1156.5, abs=0.5)
 
 
+@pytest.mark.parametrize("steps", [10, 41])
+def test_swarm50_is_guessed_through_gates_that_are_clear(steps):
+    problem = Swarm50()
+    states, _, _ = shoot(problem, problem.nominal(), problem.guess(steps))
+    torch.testing.assert_close(states[-1][0], problem.target)
+    if steps % 2 == 0:
+        middle = states[steps // 2]
+        assert problem.positions(middle)[..., 1].abs().max() < 1e-12  # where the blocks are deepest
+        assert problem.clearance(middle) > 0.2
+
+
+@pytest.mark.slow
+def test_swarm50_open_loop_is_cheaper_than_published_and_touches_nothing():
+    problem = Swarm50()
+    path = transcribe(problem, steps=20, max_iterations=200)
+    assert problem.clearance(path.states).min() > 0.1
+    assert 0.5 * path.controls.square().sum(1).mean() < 1594.6
+
+
 # Quadcopter --------------------------------------------------------------------------------------
 
 

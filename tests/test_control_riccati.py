@@ -308,6 +308,15 @@ def test_a_guess_and_a_seed():
     assert torch.equal(first.controls, second.controls) and first.cost == second.cost
 
 
+def test_a_guess_of_the_problem_takes_the_place_of_the_search():
+    class Guessed(LinearQuadratic):
+        def guess(self, steps):
+            return torch.full((steps, 2), 300 / 101)
+
+    path = transcribe(Guessed(2), steps=10, max_iterations=1)
+    assert path.cost == pytest.approx(8.910891089, abs=1e-9) and path.iterations <= 1
+
+
 def test_bad_input_is_named():
     problem = LinearQuadratic(2)
     with pytest.raises(ArgumentError, match="`steps` must be at least 1, got 0"):
@@ -316,6 +325,11 @@ def test_bad_input_is_named():
         transcribe(problem, [1.0, 2.0, 3.0])
     with pytest.raises(ShapeError, match=r"`controls` must be \(50, 2\), got \(50, 3\)"):
         transcribe(problem, controls=torch.zeros(50, 3))
+    problem.guess = lambda steps: torch.zeros(steps + 1, 2)
+    with pytest.raises(
+        ShapeError, match=r"`LinearQuadratic.guess` must be \(9, 2\), got \(10, 2\)"
+    ):
+        transcribe(problem, steps=9)
 
 
 # Around an optimal path

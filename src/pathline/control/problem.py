@@ -116,6 +116,12 @@ class Problem:
         there is one beforehand; None if they should approach a minimum of the terminal cost."""
         return None
 
+    def guess(self, steps: int) -> Tensor | None:
+        """Controls from the nominal start, constant on each of so many equal steps,
+        (steps, control_dim), for an open-loop solution to improve; None to begin without control.
+        For where a descent from there ends badly, as among obstacles."""
+        return None
+
     def evaluation(self) -> "Problem":
         """The problem whose costs judge a policy, where it is trained with safety margins."""
         return self

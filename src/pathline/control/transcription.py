@@ -52,13 +52,14 @@ def transcribe(
         x: the start, (dim,); the nominal one by default.
         steps: of equal length.
         guesses: descents on a coarse grid from the best controls so far, perturbed by smooth
-            functions of time, after one from zero; the best of all is refined.
+            functions of time, after one from zero; the best of all is refined. Where the problem
+            has a `guess`, one descent from there takes their place.
         controls: a first guess of your own, (steps, control_dim), such as those of a policy.
         seed: of the random guesses.
         max_iterations: of each descent.
 
     Raises:
-        ShapeError: `x` or `controls` has another shape.
+        ShapeError: `x`, `controls` or the problem's `guess` has another shape.
         ArgumentError: `steps` is less than one.
     """
     if steps < 1:
@@ -67,18 +68,15 @@ def transcribe(
     if start.shape != (problem.dim,):
         raise ShapeError(f"`x` must be ({problem.dim},), got {tuple(start.shape)}")
     shape = (steps, problem.control_dim)
-    if controls is not None and tuple(controls.shape) != shape:
-        raise ShapeError(f"`controls` must be {shape}, got {tuple(controls.shape)}")
-    coarse = max(LEAST_STEPS, steps // 3)
-    rng = np.random.default_rng(seed)
-    waves = np.cos(np.pi * np.outer(np.linspace(0, 1, coarse), np.arange(WAVES)))
-    best = _descend(problem, start, np.zeros((coarse, shape[1])), max_iterations)
-    for _ in range(guesses):
-        size = np.sqrt(np.mean(best.x**2)) * waves @ rng.standard_normal((WAVES, shape[1]))
-        other = _descend(problem, start, best.x.reshape(-1, shape[1]) + size, max_iterations)
-        best = min(best, other, key=_value)
-    stretched = best.x.reshape(-1, shape[1])[np.arange(steps) * coarse // steps]
-    best = _descend(problem, start, stretched, max_iterations)
+    guess = problem.guess(steps)
+    for name, given in (("controls", controls), (f"{type(problem).__name__}.guess", guess)):
+        if given is not None and tuple(given.shape) != shape:
+            raise ShapeError(f"`{name}` must be {shape}, got {tuple(given.shape)}")
+    if guess is None:
+        first = _search(problem, start, steps, guesses, seed, max_iterations)
+    else:
+        first = guess.double().cpu().numpy()
+    best = _descend(problem, start, first, max_iterations)
     if controls is not None:
         other = _descend(problem, start, controls.double().cpu().numpy(), max_iterations)
         best = min(best, other, key=_value)
@@ -91,6 +89,21 @@ def transcribe(
         torch.cat(states), _costates(problem, states, u), u, int(best.nit),
         str(best.message),
     )  # fmt: skip
+
+
+def _search(
+    problem: Problem, start: Tensor, steps: int, guesses: int, seed: int, max_iterations: int
+) -> np.ndarray:
+    """The best of several descents on a coarse grid, as controls (steps, control_dim)."""
+    coarse, k = max(LEAST_STEPS, steps // 3), problem.control_dim
+    rng = np.random.default_rng(seed)
+    waves = np.cos(np.pi * np.outer(np.linspace(0, 1, coarse), np.arange(WAVES)))
+    best = _descend(problem, start, np.zeros((coarse, k)), max_iterations)
+    for _ in range(guesses):
+        size = np.sqrt(np.mean(best.x**2)) * waves @ rng.standard_normal((WAVES, k))
+        other = _descend(problem, start, best.x.reshape(-1, k) + size, max_iterations)
+        best = min(best, other, key=_value)
+    return best.x.reshape(-1, k)[np.arange(steps) * coarse // steps]
 
 
 def _descend(

@@ -19,6 +19,7 @@ from . import (
     mnist,
     multilevel,
     networks,
+    neuron,
     published,
     sbi_benchmark,
     stochastic_games,
@@ -102,6 +103,10 @@ EXPERIMENTS = {
     "quadcopter-robustness": Experiment(
         "quadcopter policies trained with and without noise, in noise and under shocks",
         control.run_robustness,
+    ),
+    "neuron-feedback": Experiment(
+        "the neuron with feedback, without, and without stimulation: from far starts, and shocked",
+        neuron.run,
     ),
     **{
         f"mfg-{name}" + (f"-{dim}" if dim else ""): Experiment(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 from .particle import Particle
@@ -162,7 +163,10 @@ class Swap12(Agents):
 
 
 class Swarm50(Agents):
-    """Fifty agents in space fly past two blocks, 150 dimensions."""
+    """Fifty agents in space fly past two blocks, 150 dimensions.
+
+    Margins are wide, so that agents stay apart from all starts.
+    """
 
     name = "swarm50"
     # Lower and upper corners; NeuralOC has no lower end in height.
@@ -178,10 +182,29 @@ class Swarm50(Agents):
         ]
         target = [*upper, *((x, y - 0.5, z - 3) for x, y, z in upper)]
         start = [(x, -y, 10 - z) for x, y, z in target]
-        super().__init__(start, target, 0.1, terminal=900.0, repulsion=25_000.0, spread=0.1)
+        super().__init__(
+            start, target, 0.1, terminal=900.0, repulsion=25_000.0, spread=0.1, margin=2.5
+        )
+
+    def guess(self, steps: int) -> Tensor:
+        """Each agent flies straight to a gate between or above the blocks, and on to its target.
+
+        The gates are those points of a grid at which the sum of squared lengths is least.
+        """
+        apart = 2 * self.radius * self.margin
+        x, z = torch.arange(-4, 6, apart), torch.arange(0, 11, apart)
+        gates = torch.cartesian_prod(x, torch.zeros(1), z).double()
+        gates = gates[self.obstacle_clearance(gates[None])[0] > apart]
+        start, target = self.nominal().view(-1, 3), self.target.view(-1, 3)
+        lengths = torch.cdist(start, gates) + torch.cdist(target, gates)
+        _, chosen = linear_sum_assignment(lengths.square().numpy())
+        via = gates[chosen]
+        t = torch.linspace(0, 2, steps + 1, dtype=torch.float64)[:, None, None]
+        path = torch.where(t < 1, start.lerp(via, t), via.lerp(target, t - 1))
+        return steps * path.diff(dim=0).flatten(1)
 
     def obstacle_cost(self, a: Tensor) -> Tensor:
-        depth = (self.margin - 1) * 10 * self.radius - self.obstacle_clearance(a)
+        depth = (self.margin - 1) * 2 * self.radius - self.obstacle_clearance(a)
         return self.height * depth.clamp_min(0).sum(1)
 
     def obstacle_clearance(self, a: Tensor) -> Tensor:
