@@ -410,13 +410,17 @@ def test_the_quadratic_value_of_the_quadcopter():
 
 @pytest.mark.parametrize("problem", [General(), Quadcopter()])
 def test_a_feedback_that_follows_takes_any_path(problem):
-    """Along a path with controls that are not optimal, the feedback gives just these."""
+    """Along a path with controls that are not optimal, the feedback gives just these, and the value
+    is what the path still costs."""
     found = transcribe(problem, steps=20, guesses=0)
     waves = torch.sin(torch.linspace(0, 3, 20, dtype=torch.float64))[:, None]
     u = found.controls + waves
-    states, _, _ = shoot(problem, problem.nominal(), u)
+    states, running, terminal = shoot(problem, problem.nominal(), u)
     path = replace(found, controls=u, states=torch.cat(states))
-    value = riccati_value(problem, path, follow=True).bind()
+    quadratic = riccati_value(problem, path, follow=True)
+    cost = (running + terminal).item()
+    assert value_at(quadratic, states[0]).item() == pytest.approx(cost, rel=0.01)
+    value = quadratic.bind()
     middles = (path.times[1:] + path.times[:-1]) / 2
     spline = CubicSpline(path.times.numpy(), path.states.numpy())
     for n in range(1, 18):  # between middles, where the controls have kinks

@@ -153,9 +153,9 @@ def riccati_value(
         problem: the control problem.
         path: an open-loop solution; by default the path that `problem.reference` gives, with no
             control.
-        follow: take the slope along the path from its controls rather than from the equations.
-            The feedback then follows the path whatever it is, also where forces on it are so short
-            that the expansions miss them.
+        follow: take value and slope on the path from its costs and controls rather than from the
+            equations. The feedback then follows the path whatever it is, also where forces on it
+            are so short that the expansions miss them.
 
     Returns:
         The value function, in double precision.
@@ -208,6 +208,9 @@ def riccati_value(
         s = np.stack([_explain(e, slope) for e, slope in zip(expansions, p, strict=True)])
         part, slope_in_time = slice(d * d, d * d + d), PchipInterpolator(knots, s).derivative()
         values[:, part], slopes[:, part] = s[:-1], slope_in_time(times)
+        L = np.array([e.L for e in expansions])
+        paid = CubicSpline(knots, L).antiderivative()
+        values[:, -1], slopes[:, -1] = G.item() + paid(T) - paid(times), -L[:-1]
     found = QuadraticValue(d, len(times)).double()
     found.times.copy_(torch.from_numpy(times))
     found.values.copy_(torch.from_numpy(np.concatenate([values, r[:-1]], 1)))
