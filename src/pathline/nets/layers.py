@@ -60,7 +60,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         inverse = (z.square().sum(1, keepdim=True) + SMALL).rsqrt()
-        return torch.addcmul(per_channel(self.bias, z), z * inverse, per_channel(self.scale, z))
+        return z * inverse * per_channel(self.scale, z) + per_channel(self.bias, z)
 
 
 class Layer(nn.Module):
@@ -146,8 +146,10 @@ class SymmetricLayer(Layer):
 
     square = False
 
-    def forward(self, z: Tensor) -> Tensor:
-        return -self.operator.adjoint(self.sigma.value(self.shifted(self.operator(z))))
+    def forward(self, z: Tensor, *, ascent: bool = False) -> Tensor:
+        """v(z), or -v(z) where `ascent`."""
+        y = self.sigma.value(self.shifted(self.operator(z)))
+        return self.operator.adjoint(y) if ascent else self.operator.minus_adjoint(y)
 
     def potential(self, z: Tensor) -> Tensor:
         """The sum of Sigma(K z + b), (batch,)."""

@@ -38,6 +38,10 @@ class Operator(nn.Module):
         """K^T y, (batch, inputs, ...), of y (batch, outputs, ...)."""
         raise NotImplementedError
 
+    def minus_adjoint(self, y: Tensor) -> Tensor:
+        """-K^T y; by the sign of the weights where these are fewer than the features."""
+        return -self.adjoint(y)
+
     def bound(self) -> Tensor:
         """An upper bound of the largest singular value for every image size, (); differentiable."""
         raise NotImplementedError
@@ -124,6 +128,9 @@ class Conv(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return convolve(y, transposed(self.weight, self.groups), self.padding, self.groups)
+
+    def minus_adjoint(self, y: Tensor) -> Tensor:
+        return convolve(y, -transposed(self.weight, self.groups), self.padding, self.groups)
 
     def bound(self) -> Tensor:
         """As `kernel_bound`."""
