@@ -1,6 +1,7 @@
 """Networks whose layers are time steps: `Evolution` of one dynamics, `ContinuousNet` of several."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..integrate import METHODS, undo
 from ..integrate.adjoint import AdjointSpec
 from ..integrate.setup import GRADIENTS, Request
 from ..integrate.solve import solve
+from ..nets.time_weights import opened
 from .dynamics import Dynamics
 
 
@@ -107,7 +109,8 @@ class Evolution(nn.Module):
             adjoint=AdjointSpec(params=tuple(self.dynamics.parameters()) if named else None),
             final=final and self.gradient != "adjoint",
         )
-        return solve(request).or_raise().values
+        with opened(self.dynamics) if self.gradient == "discrete" else nullcontext():
+            return solve(request).or_raise().values
 
     def extra_repr(self) -> str:
         return f"method={self.method!r}, steps={self.steps}, gradient={self.gradient!r}"
