@@ -337,18 +337,27 @@ class TimeWeights(nn.Module):
 
 
 @contextmanager
-def opened(module: nn.Module) -> Iterator[None]:
+def opened(module: nn.Module, *, channels_last: bool) -> Iterator[None]:
     """Inside, the layers of the module with piecewise constant weights take these apart once.
 
     Then the gradient of a stack is put together once, and not added up from a stack for each of
-    its pieces. For what is differentiated as it was run: the pieces belong to that graph.
+    its pieces. For what is differentiated as it was run: the pieces belong to that graph. Where
+    `channels_last`, kernels come as convolutions of such features would turn them each time.
     """
     layers = [part for part in module.modules() if isinstance(part, TimeWeights)]
     layers = [layer for layer in layers if layer.basis.name == "piecewise-constant"]
     try:
         for layer in layers:
-            layer.pieces = {id(stack): stack.unbind(0) for stack in layer.module.parameters()}
+            layer.pieces = {
+                id(stack): (_turned(stack) if channels_last and stack.ndim == 5 else stack).unbind(0)
+                for stack in layer.module.parameters()
+            }
         yield
     finally:
         for layer in layers:
             layer.pieces = {}
+
+
+def _turned(kernels: Tensor) -> Tensor:
+    """The same (count, outputs, inputs, height, width), with the inputs last in memory."""
+    return kernels.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)

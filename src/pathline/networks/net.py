@@ -1,7 +1,6 @@
 """Networks whose layers are time steps: `Evolution` of one dynamics, `ContinuousNet` of several."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -109,7 +108,9 @@ class Evolution(nn.Module):
             adjoint=AdjointSpec(params=tuple(self.dynamics.parameters()) if named else None),
             final=final and self.gradient != "adjoint",
         )
-        with opened(self.dynamics) if self.gradient == "discrete" else nullcontext():
+        if self.gradient != "discrete":
+            return solve(request).or_raise().values
+        with opened(self.dynamics, channels_last=_channels_last(state)):
             return solve(request).or_raise().values
 
     def extra_repr(self) -> str:
@@ -228,3 +229,8 @@ class ContinuousNet(nn.Module):
 def _last(states: Any) -> Any:
     """Of one state there, without the copy that the gradient of z[-1] is."""
     return pytree.tree_map(lambda z: z[-1] if len(z) > 1 else z.squeeze(0), states)
+
+
+def _channels_last(state: Any) -> bool:
+    """It is of images whose channels are last in memory."""
+    return all(z.ndim == 4 and z.stride(1) == 1 for z in pytree.tree_leaves(state))

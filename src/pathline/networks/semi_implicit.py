@@ -69,7 +69,7 @@ class SemiImplicit(Dynamics):
     @property
     def field(self) -> Split:
         """The explicit part, and -L."""
-        return Split(self.explicit, self)
+        return Split(self.explicit, self, self if self.form == "imex" else None)
 
     def explicit(self, t: Tensor, z: Tensor) -> Tensor:
         """What is left beside -L z."""
@@ -129,7 +129,7 @@ class MinusL:
 
     def solve(self, z: Tensor, scale: float | Tensor) -> Tensor:
         """x with x + scale L x = z."""
-        return self._back(self._waves(z) / (1 + scale * self._of(z)), z)
+        return self._back(self._waves(z) * (1 + scale * self._of(z)).reciprocal(), z)
 
     def solve_slope(self, z: Tensor, scale: float | Tensor) -> Tensor:
         """-L x of that x, by one transform in place of two."""
