@@ -78,7 +78,8 @@ def _fixed(given: Setup) -> Solution:
         outputs, plan = _run(march, _recorder(given, len(march.grid) + 1), given.z0)
     halt = march.halt
     if halt is None and not given.traced and not request.lenient:
-        if known(lambda: finite(outputs[-1][0])) is False:
+        end = outputs[-1][0]
+        if known(lambda: finite(end)) is False:
             halt, outputs = _diagnose(given)
     statistics = Statistics(given.velocity.evaluations, len(march.grid), 0)
     if len(march.grid) and isinstance(march.grid.lengths[-1], float):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import floor, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +214,24 @@ def _swap(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
                 part._parameters[name] = done[id(old)]
 
 
+class Slot(NamedTuple):
+    """Where a module looks for a weight."""
+
+    parameters: dict[str, Any]
+    name: str
+    stack: Tensor  # (count, *shape), its parameter
+    pieces: Tensor | tuple[Tensor, ...]  # each (*shape)
+
+
+def _slots(module: nn.Module) -> list[Slot]:
+    return [
+        Slot(part._parameters, name, stack, stack)
+        for part in module.modules()
+        for name, stack in part._parameters.items()
+        if stack is not None
+    ]
+
+
 class TimeWeights(nn.Module):
     """A module whose weights are functions of time; call it as `(t, *inputs)`.
 
@@ -255,7 +273,7 @@ class TimeWeights(nn.Module):
         self.module = copy.deepcopy(module)
         one = self.basis.one
         _swap(self.module, lambda p: one.to(p).view(-1, *(1,) * p.ndim) * p)
-        self.pieces: dict[int, tuple[Tensor, ...]] = {}  # of stacks by id, while they are opened
+        self.opened: list[Slot] = []  # the slots with their pieces, inside `opened`
 
     def weights(self, t: Tensor) -> dict[str, Tensor]:
         """The module's parameters at time `t`, (), by name.
@@ -272,31 +290,28 @@ class TimeWeights(nn.Module):
                 f"`t` must be one time for all samples, got {tuple(t.shape)}: weights in time are "
                 "those of a layer"
             )
-        index = self.basis.piece(t)
-        if index is None:
-            like = next(self.module.parameters(), t)
-            return self.basis.reader(t.reshape(()).to(like.device))
-        return lambda stack: self.pieces.get(id(stack), stack)[index]
+        like = next(self.module.parameters(), t)
+        return self.basis.reader(t.reshape(()).to(like.device))
 
     def forward(self, t: Tensor, *inputs: Any, **options: Any) -> Any:
         """The module, with its weights at time `t`, at the inputs."""
         if torch.compiler.is_compiling():
             return functional_call(self.module, self.weights(t), inputs, options)
         # The same by hand, in a third of the time.
-        read = self._reader(t)
-        slots = [
-            (part._parameters, name, stack)
-            for part in self.module.modules()
-            for name, stack in part._parameters.items()
-            if stack is not None
-        ]
+        slots = self.opened or _slots(self.module)
+        index = self.basis.piece(t)
+        if index is None:
+            read = self._reader(t)
+            weights = [read(slot.stack) for slot in slots]
+        else:
+            weights = [slot.pieces[index] for slot in slots]
         try:
-            for parameters, name, stack in slots:
-                parameters[name] = read(stack)  # type: ignore[assignment]
+            for slot, weight in zip(slots, weights, strict=True):
+                slot.parameters[slot.name] = weight
             return self.module(*inputs, **options)
         finally:
-            for parameters, name, stack in slots:
-                parameters[name] = stack
+            for slot in slots:
+                slot.parameters[slot.name] = slot.stack
 
     def frozen(self, t: float | Tensor) -> nn.Module:
         """The module as it is at time `t`."""
@@ -348,14 +363,14 @@ def opened(module: nn.Module, *, channels_last: bool) -> Iterator[None]:
     layers = [layer for layer in layers if layer.basis.name == "piecewise-constant"]
     try:
         for layer in layers:
-            layer.pieces = {
-                id(stack): (_turned(stack) if channels_last and stack.ndim == 5 else stack).unbind(0)
-                for stack in layer.module.parameters()
-            }
+            for slot in _slots(layer.module):
+                turn = channels_last and slot.stack.ndim == 5
+                pieces = (_turned(slot.stack) if turn else slot.stack).unbind(0)
+                layer.opened.append(slot._replace(pieces=pieces))
         yield
     finally:
         for layer in layers:
-            layer.pieces = {}
+            layer.opened = []
 
 
 def _turned(kernels: Tensor) -> Tensor:
