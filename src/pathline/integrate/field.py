@@ -81,8 +81,8 @@ class Layout:
         lead, shape = part.shape[:-1], self.shapes[i]
         if self.last[i]:
             n, channels, height, width = shape
-            return part.view(*lead, n, height, width, channels).movedim(-1, -3)
-        return part.view(*lead, *shape)
+            return part.view((*lead, n, height, width, channels)).movedim(-1, -3)
+        return part.view((*lead, *shape))
 
 
 def _channels_last(x: Tensor) -> bool:
