@@ -105,6 +105,67 @@ def test_gradient_strategies_agree(made):
         assert_close(found[gradient], found["discrete"], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["parabolic image", "two layers", "second order"])
+def test_channels_last_in_memory(name):
+    """Nothing but the order in memory changes, for every strategy."""
+    dynamics, shape = MAKE[name](layers(3, 1.5))
+    scatter(dynamics, 0.3)
+    x = torch.randn(5, *shape)
+    for gradient in ("discrete", "checkpoint", *(["reversible"] * isinstance(dynamics, Pair))):
+        evolution = Evolution(dynamics, steps=3, gradient=gradient)
+        found = []
+        for form in (torch.contiguous_format, torch.channels_last):
+            inputs = x.clone(memory_format=form).requires_grad_()
+            out = evolution(inputs)
+            assert out.is_contiguous(memory_format=form)
+            loss = out.square().sum()
+            found.append([out, *torch.autograd.grad(loss, [inputs, *dynamics.parameters()])])
+        assert_close(found[0], found[1], rtol=1e-11, atol=1e-11)
+        state = dynamics.lift(x.contiguous(memory_format=torch.channels_last))
+        _, states = evolution.trajectory(state)
+        ends = [dynamics.features(part) for part in _nodes(states)]
+        assert_close(ends[-1], found[0][0], rtol=1e-11, atol=1e-11)
+
+
+def _nodes(states):
+    """The states of a trajectory one by one."""
+    return zip(*states, strict=True) if isinstance(states, tuple) else states
+
+
+def test_single_precision_turns_and_returns():
+    """Images in single precision have channels last on the way alone."""
+    dynamics = scatter(TwoLayerHamiltonian(Conv(2), Conv(2), layers(3, 1.5), norm=True), 0.3)
+    x = torch.randn(5, 4, 6, 5)
+    exact = Evolution(dynamics, steps=3)(x)
+    found = Evolution(dynamics.float(), steps=3)(x.float())
+    assert found.is_contiguous()
+    assert_close(found.double(), exact, rtol=0, atol=2e-5)
+
+
+def test_the_adjoint_strategy_converges_to_the_discrete_gradient():
+    dynamics, shape = MAKE["antisymmetric"](TimeBasis("legendre", 1, 1.0))
+    scatter(dynamics, 0.3)
+    x = torch.randn(5, *shape)
+    grads = [
+        torch.autograd.grad(
+            Evolution(dynamics, steps=40, gradient=gradient)(x).square().sum(),
+            list(dynamics.parameters()),
+        )
+        for gradient in ("discrete", "adjoint")
+    ]
+    assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-7)
+
+
+def test_the_weights_are_in_their_place_after_a_failure():
+    dynamics = scatter(Parabolic(Conv(2), layers(3, 1.5)))
+    before = dict(dynamics.named_parameters())
+    with pytest.raises(ShapeError):
+        Evolution(dynamics, steps=3)(torch.randn(2, 3, 4, 4))
+    after = dict(dynamics.named_parameters())
+    assert all(after[name] is p for name, p in before.items())
+    assert all(not layer.opened for layer in dynamics.weights())
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_halving_the_step_keeps_the_equation(name):
     """Weights are functions of time: smaller steps go to one limit, that of other methods."""

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from pathline.errors import ArgumentError, ShapeError
 from pathline.nets import Conv, Dense, LeanConv, TimeBasis
 from pathline.networks import Dynamics, Evolution, Parabolic, SemiImplicit
+from pathline.networks.semi_implicit import MinusL
 
 SIZES = [(8, 6), (5, 4), (3, 7), (2, 3)]
 
@@ -86,6 +87,15 @@ def test_a_step_is_the_formula(form):
             minus, v = dynamics.at(torch.tensor(0.5 * j)), inner(torch.tensor(0.5 * j), z)
             z = minus.solve(z + 0.5 * v - (0.5 * minus(z) if form == "imex" else 0), 0.5)
         assert_close(Evolution(dynamics, steps=3)(x), z, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["imex", "diffusion-reaction"])
+def test_a_step_filters_once(form, monkeypatch):
+    calls, true = [], MinusL._filtered
+    monkeypatch.setattr(MinusL, "_filtered", lambda *args: calls.append(1) or true(*args))
+    dynamics = diffuse(Parabolic(Conv(2), TimeBasis(horizon=1.5)), form=form)
+    Evolution(dynamics, steps=3)(torch.randn(3, 2, 8, 6))
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("rate", [-0.5, -3.0, -40.0])

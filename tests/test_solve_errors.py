@@ -522,3 +522,9 @@ def test_newton_fails_before_an_event():
     torch.testing.assert_close(solution.last[1], y0 / 1.125**3, rtol=1e-12, atol=0)
     with pytest.raises(SolveError, match=r"t = 0\.375.*Newton"):
         odeint(v, y0, t, **how)
+
+
+def test_large_states_whose_sum_overflows_are_finite():
+    y0 = torch.full((8,), 3e38)
+    assert not torch.isfinite(y0.sum())
+    assert odeint(lambda t, y: -y, y0, T, method="euler")[-1].eq(0).all()

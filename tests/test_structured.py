@@ -713,3 +713,21 @@ def test_odeint(name):
             results.append((flat.detach(), *grads))
         for found, expected in itertools.zip_longest(*results):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_images_with_channels_last_are_joined_as_they_lie():
+    """The same solution and gradient as of images in the usual order, for tolerances of each."""
+    y, x = torch.randn(2, 3, 4, 5, 2).unbind(0)
+    force = torch.randn(4, 4)
+    pull = Separable(
+        lambda t, z: z, lambda t, q: torch.einsum("ij,njhw->nihw", -force.mT @ force, q)
+    )
+    rtol = (torch.rand(4, 1, 1) * 1e-4 + 1e-8, 1e-6)
+    for how in ({"method": "leapfrog"}, {"method": "dopri5", "rtol": rtol}):
+        found = []
+        for form in (torch.contiguous_format, torch.channels_last):
+            state = tuple(z.clone(memory_format=form).requires_grad_() for z in (y, x))
+            ends = [zs[-1] for zs in odeint(pull, state, torch.linspace(0, 1, 5), **how)]
+            loss = sum((z * w).sum() for z, w in zip(ends, (x, y), strict=True))
+            found.append([*ends, *torch.autograd.grad(loss, state)])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-11)

@@ -232,3 +232,39 @@ def test_errors(make, words):
 def test_times_of_samples_are_refused():
     with pytest.raises(ShapeError, match="one time for all samples"):
         weights("legendre")(torch.zeros(5, 1), torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_piece_of_a_time(dtype):
+    """By numbers as by tensors, at nodes too, where times may be rounded downwards."""
+    for order, horizon in ((1, 1.0), (3, 0.7), (7, 2.3)):
+        basis = TimeBasis("piecewise-constant", order, horizon)
+        nodes = torch.arange(order + 1, dtype=torch.float64) * (horizon / order)
+        times = torch.cat([nodes, torch.linspace(-0.5, horizon + 0.5, 101, dtype=torch.float64)])
+        for t in times.to(dtype):
+            assert basis.values(t).argmax() == basis.piece(t)
+        assert [basis.piece(t) for t in nodes.to(dtype)] == [*range(order), order - 1]
+    assert TimeBasis("legendre", 2).piece(torch.tensor(0.5)) is None
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_times_under_vmap(name):
+    """Times that torch.func hides take the way of tensors."""
+    layer, t, x = weights(name), torch.linspace(0, T, 6), torch.randn(6, 3)
+    found = torch.func.vmap(layer)(t, x)
+    assert_close(found, torch.stack([layer(*pair) for pair in zip(t, x, strict=True)]))
+
+
+def test_shared_weights_stay_shared():
+    """Two places of one parameter read the same piece, and its gradient is that of both."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    module[2].weight = module[0].weight
+    layer = TimeWeights(module, "piecewise-constant", 2, 1.0)
+    assert len(list(layer.parameters())) == 3
+    x, t = torch.randn(4, 3), torch.tensor(0.7)
+    loss = layer(t, x).square().sum()
+    (found,) = torch.autograd.grad(loss, layer.module[0].weight)
+    frozen = layer.frozen(t)
+    assert frozen[0].weight is frozen[2].weight
+    (expected,) = torch.autograd.grad(frozen(x).square().sum(), frozen[0].weight)
+    assert_close(found, torch.stack([torch.zeros_like(expected), expected]))

@@ -24,8 +24,9 @@ def real_dtype(z: Tensor) -> torch.dtype:
 class Layout:
     """How a state (a tensor or a pytree of tensors) lies in the one tensor that is integrated.
 
-    A tensor lies there as it is. The leaves of a pytree lie behind each other in a vector, or,
-    where samples are kept apart, in the columns of a (batch, total) matrix.
+    A tensor lies there as it is. The leaves of a pytree lie behind each other in a vector, images
+    whose channels are last in memory with these last, or, where samples are kept apart, in the
+    columns of a (batch, total) matrix.
 
     Raises:
         ArgumentError: the state holds no tensor, or leaves of different batch sizes, dtypes
@@ -50,15 +51,20 @@ class Layout:
             raise ArgumentError(f"`y0` must have one batch size in front, got shapes {shapes}")
         self.shapes = [leaf.shape[1:] if samples else leaf.shape for leaf in leaves]
         self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.last = [not samples and _channels_last(leaf) for leaf in leaves]
 
     def join(self, state: Any) -> Tensor:
         """The tensor in which `state` lies."""
         if self.plain:
             return state
         leaves = pytree.tree_leaves(state)
-        if self.samples:
-            return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], dim=1)
-        return torch.cat([leaf.reshape(-1) for leaf in leaves])
+        return torch.cat([self.flat(leaf, i) for i, leaf in enumerate(leaves)], dim=-1)
+
+    def flat(self, leaf: Tensor, i: int) -> Tensor:
+        """Leaf number i as its part of the joined tensor; it may have more axes in front."""
+        lead = leaf.shape[: leaf.ndim - len(self.shapes[i])]
+        leaf = leaf.movedim(-3, -1) if self.last[i] else leaf
+        return leaf.reshape(*lead, self.sizes[i])
 
     def split(self, z: Tensor) -> Any:
         """The state in `z`, which may have more axes in front (such as times)."""
@@ -68,11 +74,19 @@ class Layout:
         """The leaves of the state in `z`."""
         if self.plain:
             return [z]
-        lead, leaves, start = z.shape[:-1], [], 0
-        for shape, size in zip(self.shapes, self.sizes, strict=True):
-            leaves.append(z[..., start : start + size].view((*lead, *shape)))
-            start += size
-        return leaves
+        return [self.leaf(part, i) for i, part in enumerate(z.split(self.sizes, -1))]
+
+    def leaf(self, part: Tensor, i: int) -> Tensor:
+        """Leaf number i from its part of the joined tensor."""
+        lead, shape = part.shape[:-1], self.shapes[i]
+        if self.last[i]:
+            n, channels, height, width = shape
+            return part.view((*lead, n, height, width, channels)).movedim(-1, -3)
+        return part.view((*lead, *shape))
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1
 
 
 class Field:

@@ -43,6 +43,8 @@ class Split:
             `scale` is a number or a tensor that broadcasts against z. It may have
             `A.solve_slope(z, scale)`, A x of that x, where this is cheaper at once. An object with
             `at(t)`, which gives such a map, stands for an A that changes in time, and needs none.
+        whole: callable `(t, z) -> explicit(t, z) + A z`, where that is known without A. Then a
+            step of "imex_euler" is one solve, z' = z + dt (I - dt A)^-1 whole(t, z).
 
     Raises:
         ArgumentError: `explicit` can't be called, or `linear` is neither a tensor nor such an
@@ -57,6 +59,7 @@ class Split:
 
     explicit: Velocity
     linear: Tensor | LinearPart | MovingPart
+    whole: Velocity | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.explicit):
@@ -78,6 +81,8 @@ class Split:
             )
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        if self.whole is not None:
+            return self.whole(t, z)
         return self.explicit(t, z) + self.frozen(t).apply(z)
 
     def frozen(self, t: Tensor) -> "Split":
@@ -91,7 +96,7 @@ class Split:
             dz = self.explicit(time, z)
             return dz if time is t else dz + (at(time)(z) - linear(z))
 
-        return Split(explicit, linear)
+        return Split(explicit, linear, self.whole)
 
     def apply(self, z: Tensor) -> Tensor:
         """A z.
@@ -191,6 +196,9 @@ class ImexRungeKutta(EmbeddedMethod):
             ArgumentError: the velocity is not a `Split` of a single tensor.
         """
         split, explicit = self._parts(field, ts[0])
+        if split.whole is not None and self.name == "imex_euler":
+            slope = split.solver(dt, z.dtype)(field(ts[0], z))
+            return Step(combine(z, (1.0,), (slope,), dt), (), ())
         tables = self.pair.explicit, self.pair.implicit
         solvers: dict[float, Callable[[Tensor], Tensor]] = {}
         ks: list[Tensor] = []  # slopes of the explicit part

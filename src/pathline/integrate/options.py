@@ -41,6 +41,12 @@ def traced(z: Tensor) -> bool:
     return z.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def finite(z: Tensor) -> bool:
+    """All entries are, which a finite sum of them says at once."""
+    z = z.detach()
+    return bool(torch.isfinite(z.sum())) or bool(torch.isfinite(z).all())
+
+
 def transformed() -> bool:
     """A transform of torch.func is at work."""
     try:
@@ -146,8 +152,8 @@ def check_tolerance(name: str, tolerance: Any, layout: Layout, z: Tensor) -> flo
                 f"got {len(tolerance)}"
             )
         parts = [
-            _spread(name, torch.as_tensor(part, dtype=torch.float64), shape).reshape(-1)
-            for part, shape in zip(tolerance, layout.shapes, strict=True)
+            layout.flat(_spread(name, torch.as_tensor(part, dtype=torch.float64), shape), i)
+            for i, (part, shape) in enumerate(zip(tolerance, layout.shapes, strict=True))
         ]
         tolerance = torch.cat(parts)
     if isinstance(tolerance, Tensor):

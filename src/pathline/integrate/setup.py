@@ -25,6 +25,7 @@ from .options import (
     check_rows,
     check_times,
     check_tolerance,
+    finite,
     floats,
     number,
     positive,
@@ -39,7 +40,7 @@ SCIPY = "scipy_solver"
 FIXED_FIELDS = {"tableau", "pair", "name", "implicit", "rtol", "atol"}  # of methods: no options
 
 
-def known(question: Callable[[], Tensor]) -> bool | None:
+def known(question: Callable[[], Tensor | bool]) -> bool | None:
     """The answer, or None where torch.func hides it."""
     try:
         return bool(question())
@@ -70,6 +71,7 @@ class Request:
     adjoint: AdjointSpec = field(default_factory=AdjointSpec)
     methods: Mapping[str, Any] = field(default_factory=dict)  # names that mean something else
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of the step size control
+    final: bool = False  # keep the state at the last time alone; not with "adjoint"
     lenient: bool = False  # warn of unknown options, and let fixed steps end in what is not finite
 
 
@@ -95,7 +97,7 @@ class Setup:
                 f"`y0` must be of a floating point or complex type, got {self.z0.dtype}"
             )
         self.traced = traced(self.z0)
-        if not self.traced and known(lambda: torch.isfinite(self.z0).all()) is False:
+        if not self.traced and known(lambda: finite(self.z0)) is False:
             raise ArgumentError("`y0` must be finite")
         self._check_times()
         self.rtol = check_tolerance("rtol", request.rtol, self.layout, self.z0)

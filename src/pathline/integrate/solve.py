@@ -23,7 +23,7 @@ from .grid import Grid, beside
 from .implicit import ImplicitRungeKutta
 from .independent import IndependentMarch
 from .nodes import fixed_nodes
-from .options import positive
+from .options import finite, positive
 from .precision import solve_low_precision
 from .quadrature import Quadrature, Rate, Rates
 from .reversible import solve_reversible
@@ -79,7 +79,7 @@ def _fixed(given: Setup) -> Solution:
     halt = march.halt
     if halt is None and not given.traced and not request.lenient:
         end = outputs[-1][0]
-        if known(lambda: torch.isfinite(end).all()) is False:
+        if known(lambda: finite(end)) is False:
             halt, outputs = _diagnose(given)
     statistics = Statistics(given.velocity.evaluations, len(march.grid), 0)
     if len(march.grid) and isinstance(march.grid.lengths[-1], float):
@@ -238,8 +238,12 @@ def _solution(
     given: Setup, outputs: Outputs, rate: Rate | None, statistics: Statistics, halts: list[Halt]
 ) -> Solution:
     missing = given.t.shape[-1] - len(outputs)
+    if given.request.final:
+        outputs, missing = outputs[-1:], 0
 
     def column(parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1 and not missing:
+            return parts[0][None]
         return torch.stack([*parts, *[torch.full_like(parts[0], torch.nan)] * missing])
 
     joined = column([z for z, _ in outputs])

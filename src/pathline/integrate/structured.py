@@ -281,7 +281,8 @@ def _halves(field: Field, z: Tensor, name: str) -> tuple[Tensor, Tensor]:
             "callable (t, (y, z)) -> (dy, dz)"
         )
     first, second = layout.sizes
-    return z.narrow(-1, 0, first), z.narrow(-1, first, second)
+    y, x = z.split((first, second), -1)  # whose gradients are joined at once
+    return y, x
 
 
 def _slope(field: Field, which: int, t: Tensor, *halves: Tensor) -> Tensor:
@@ -300,7 +301,7 @@ def _slope(field: Field, which: int, t: Tensor, *halves: Tensor) -> Tensor:
     name, half = ("fg"[which], (func.f, func.g)[which])
     other, like = halves[1 - which], halves[which]
     lead = other.shape[:-1]
-    slope: Any = half(t, other.view(*lead, *layout.shapes[1 - which]))
+    slope: Any = half(t, layout.leaf(other, 1 - which))
     if not isinstance(slope, Tensor):
         raise ArgumentError(
             f"`{name}` of Separable must return a tensor, got {type(slope).__name__}"
@@ -318,4 +319,4 @@ def _slope(field: Field, which: int, t: Tensor, *halves: Tensor) -> Tensor:
             f"`{name}` of Separable must return the dtype and device of the state, {like.dtype} "
             f"on {like.device}, got {slope.dtype} on {slope.device}"
         )
-    return slope.reshape(like.shape)
+    return layout.flat(slope, which)

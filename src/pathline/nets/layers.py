@@ -26,6 +26,7 @@ class Activation:
     """A monotone function of slopes in [0, 1], and its primitive."""
 
     value: Callable[[Tensor], Tensor]
+    inplace: Callable[[Tensor], Tensor]  # the same, in place of a tensor that nobody else has
     primitive: Callable[[Tensor], Tensor]
 
 
@@ -34,9 +35,9 @@ def _log_cosh(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "tanh": Activation(torch.tanh, _log_cosh),
-    "relu": Activation(torch.relu, lambda x: torch.relu(x).square() / 2),
-    "identity": Activation(lambda x: x, lambda x: x.square() / 2),
+    "tanh": Activation(torch.tanh, torch.tanh_, _log_cosh),
+    "relu": Activation(torch.relu, torch.relu_, lambda x: torch.relu(x).square() / 2),
+    "identity": Activation(lambda x: x, lambda x: x, lambda x: x.square() / 2),
 }
 
 
@@ -60,7 +61,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         inverse = (z.square().sum(1, keepdim=True) + SMALL).rsqrt()
-        return torch.addcmul(per_channel(self.bias, z), z * inverse, per_channel(self.scale, z))
+        return (z * inverse * per_channel(self.scale, z)).add_(per_channel(self.bias, z))
 
 
 class Layer(nn.Module):
@@ -108,7 +109,7 @@ class ResidualLayer(Layer):
     def forward(self, z: Tensor, *, adjoint: bool = False) -> Tensor:
         """sigma(K z + b), or sigma(K^T z + b) where `adjoint`."""
         y = self.operator.adjoint(z) if adjoint else self.operator(z)
-        return self.sigma.value(self.shifted(y))
+        return self.sigma.inplace(self.shifted(y))
 
 
 class AntisymmetricLayer(Layer):
@@ -133,7 +134,7 @@ class AntisymmetricLayer(Layer):
 
     def forward(self, z: Tensor) -> Tensor:
         y = self.operator(z) - self.operator.adjoint(z)
-        return self.sigma.value(self.shifted(y - self.gamma * z if self.gamma else y))
+        return self.sigma.inplace(self.shifted(y - self.gamma * z if self.gamma else y))
 
 
 class SymmetricLayer(Layer):
@@ -146,8 +147,10 @@ class SymmetricLayer(Layer):
 
     square = False
 
-    def forward(self, z: Tensor) -> Tensor:
-        return -self.operator.adjoint(self.sigma.value(self.shifted(self.operator(z))))
+    def forward(self, z: Tensor, *, ascent: bool = False) -> Tensor:
+        """v(z), or -v(z) where `ascent`."""
+        y = self.sigma.inplace(self.shifted(self.operator(z)))
+        return self.operator.adjoint(y) if ascent else self.operator.minus_adjoint(y)
 
     def potential(self, z: Tensor) -> Tensor:
         """The sum of Sigma(K z + b), (batch,)."""

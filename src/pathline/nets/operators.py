@@ -38,6 +38,10 @@ class Operator(nn.Module):
         """K^T y, (batch, inputs, ...), of y (batch, outputs, ...)."""
         raise NotImplementedError
 
+    def minus_adjoint(self, y: Tensor) -> Tensor:
+        """-K^T y; by the sign of the weights where these are fewer than the features."""
+        return -self.adjoint(y)
+
     def bound(self) -> Tensor:
         """An upper bound of the largest singular value for every image size, (); differentiable."""
         raise NotImplementedError
@@ -123,7 +127,10 @@ class Conv(Operator):
         return convolve(x, self.weight, self.padding, self.groups)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return convolve(y, transposed(self.weight, self.groups), self.padding, self.groups)
+        return convolve_adjoint(y, self.weight, self.padding, self.groups)
+
+    def minus_adjoint(self, y: Tensor) -> Tensor:
+        return convolve_adjoint(y, -self.weight, self.padding, self.groups)
 
     def bound(self) -> Tensor:
         """As `kernel_bound`."""
@@ -184,8 +191,8 @@ class LeanConv(Operator):
         return spatial + _mix(x, self.pointwise)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        kernel = transposed(self._kernel(), self.groups)
-        return convolve(y, kernel, self.padding, self.groups) + _mix(y, self.pointwise.mT)
+        spatial = convolve_adjoint(y, self._kernel(), self.padding, self.groups)
+        return spatial + _mix(y, self.pointwise.mT)
 
     def bound(self) -> Tensor:
         """The sum of those of its parts."""
@@ -289,10 +296,13 @@ def convolve(x: Tensor, weight: Tensor, padding: str, groups: int = 1) -> Tensor
     return F.conv2d(x, weight, padding=around, groups=groups)
 
 
-def transposed(weight: Tensor, groups: int = 1) -> Tensor:
-    """The kernels of the adjoint of `convolve`, for odd sizes and either padding."""
-    split = weight.flip(2, 3).unflatten(0, (groups, -1))
-    return split.transpose(1, 2).flatten(0, 1)
+def convolve_adjoint(y: Tensor, weight: Tensor, padding: str, groups: int = 1) -> Tensor:
+    """The adjoint of `convolve` by the same weight, of odd size, and padding."""
+    around = weight.shape[-1] // 2
+    if padding == "circular" and around:
+        y = F.pad(y, (around,) * 4, mode="circular")
+        return F.conv_transpose2d(y, weight, padding=2 * around, groups=groups)
+    return F.conv_transpose2d(y, weight, padding=around, groups=groups)
 
 
 def kernel_bound(weight: Tensor, groups: int = 1) -> Tensor:

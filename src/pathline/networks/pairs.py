@@ -140,7 +140,7 @@ class TwoLayerHamiltonian(Pair):
         )
 
     def first(self, t: Tensor, z: Tensor) -> Tensor:
-        return -self.layers[0](t, z)
+        return self.layers[0](t, z, ascent=True)
 
     def second(self, t: Tensor, y: Tensor) -> Tensor:
         return self.layers[1](t, y)

@@ -69,7 +69,7 @@ class SemiImplicit(Dynamics):
     @property
     def field(self) -> Split:
         """The explicit part, and -L."""
-        return Split(self.explicit, self)
+        return Split(self.explicit, self, self if self.form == "imex" else None)
 
     def explicit(self, t: Tensor, z: Tensor) -> Tensor:
         """What is left beside -L z."""
@@ -100,21 +100,19 @@ class Diffusion(nn.Module):
     def forward(self, height: int, width: int) -> Tensor:
         """|symbol of B|^2, (channels, height, width // 2 + 1), or (channels, height, width)."""
         kernel = self.kernel[:, 0]
-        rows, columns = (self._waves(size, kernel) for size in (height, width))
+        rows, columns = (self._angles(size, kernel) for size in (height, width))
         if self.boundary == "reflecting":
-            return torch.einsum("ai,cij,bj->cab", rows, kernel, columns).square()
-        columns = columns[: width // 2 + 1]
-        symbol = torch.einsum("ai,cij,bj->cab", rows, kernel.to(rows.dtype), columns)
-        return symbol.real.square() + symbol.imag.square()
+            return torch.einsum("ai,cij,bj->cab", rows.cos(), kernel, columns.cos()).square()
+        columns = 2 * columns[: width // 2 + 1]
+        angles = (2 * rows[:, None, :, None] + columns[:, None, :]).view(-1, 9)
+        real, imaginary = (kernel.flatten(1) @ part.mT for part in (angles.cos(), angles.sin()))
+        return (real.square() + imaginary.square()).view(len(kernel), height, -1)
 
-    def _waves(self, size: int, like: Tensor) -> Tensor:
-        """What shifts by -1, 0, 1 pixels do to each wave, (size, 3); the kernel's middle is 0."""
+    def _angles(self, size: int, like: Tensor) -> Tensor:
+        """Of half waves at -1, 0, 1 pixels, (size, 3); the kernel's middle is 0."""
         index = torch.arange(size, dtype=like.dtype, device=like.device)
         shift = torch.arange(-1, 2, dtype=like.dtype, device=like.device)
-        if self.boundary == "reflecting":
-            return torch.cos(pi / size * index[:, None] * shift)
-        angle = 2 * pi / size * index[:, None] * shift
-        return torch.polar(torch.ones_like(angle), -angle)
+        return pi / size * index[:, None] * shift
 
 
 class MinusL:
@@ -125,16 +123,16 @@ class MinusL:
         self.known: tuple[tuple[int, int], Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self._back(-self._of(z) * self._waves(z), z)
+        return self._filtered(z, -self._of(z))
 
     def solve(self, z: Tensor, scale: float | Tensor) -> Tensor:
         """x with x + scale L x = z."""
-        return self._back(self._waves(z) / (1 + scale * self._of(z)), z)
+        return self._filtered(z, 1 / (1 + scale * self._of(z)))
 
     def solve_slope(self, z: Tensor, scale: float | Tensor) -> Tensor:
         """-L x of that x, by one transform in place of two."""
         eigenvalues = self._of(z)
-        return self._back(-eigenvalues / (1 + scale * eigenvalues) * self._waves(z), z)
+        return self._filtered(z, -eigenvalues / (1 + scale * eigenvalues))
 
     def _of(self, z: Tensor) -> Tensor:
         if z.ndim != 4:
@@ -150,15 +148,16 @@ class MinusL:
             raise ShapeError(f"the diffusion has {len(found)} channels, the features {z.shape[1]}")
         return found
 
-    def _waves(self, z: Tensor) -> Tensor:
-        if self.boundary == "periodic":
-            return torch.fft.rfft2(z)
-        return cosines(z.shape[2], z) @ z @ cosines(z.shape[3], z).mT
-
-    def _back(self, waves: Tensor, z: Tensor) -> Tensor:
-        if self.boundary == "periodic":
-            return torch.fft.irfft2(waves, s=z.shape[2:])
-        return cosines(z.shape[2], z).mT @ waves @ cosines(z.shape[3], z)
+    def _filtered(self, z: Tensor, factors: Tensor) -> Tensor:
+        """z with its waves multiplied."""
+        height, width = z.shape[2:]
+        if self.boundary == "reflecting":
+            rows, columns = cosines(height, z), cosines(width, z)
+            return rows.mT @ (factors * (rows @ z @ columns.mT)) @ columns
+        # One axis after the other, for small images; and it is the factors that are scaled.
+        waves = torch.fft.fft(torch.fft.rfft(z), dim=2)
+        waves = waves * (factors / (height * width))
+        return torch.fft.irfft2(waves, s=(height, width), norm="forward")
 
 
 def cosines(size: int, like: Tensor) -> Tensor:
