@@ -44,7 +44,7 @@ class Setting:
 
 
 SETTINGS = {
-    ("mnist", "small"): Setting((8, 16, 32, 32), 4000, 64, 0.01),
+    ("mnist", "small"): Setting((8, 16, 32, 32), 8000, 64, 0.01),
     ("mnist", "full"): Setting((16, 32, 64, 64), 16_000, 64, 0.01),
     ("cifar10-subset", "small"): Setting((16, 32, 64, 64), 1500, 64, 0.01),
     ("cifar10-subset", "full"): Setting((32, 64, 112, 112), 12_000, 64, 0.01),
@@ -161,7 +161,7 @@ class QTips:
 
 
 Q_TIPS = {
-    "small": QTips(32, (16, 16, 16), (512, 128), 1600),
+    "small": QTips(32, (16, 16, 16), (4096, 256), 1600),
     "full": QTips(64, (64, 128, 256), (1024, 64), 12_800),
 }
 
