@@ -16,6 +16,8 @@ from . import (
     gradients,
     images,
     inference,
+    lean,
+    mgic,
     mnist,
     multilevel,
     networks,
@@ -139,6 +141,21 @@ EXPERIMENTS = {
     "imexnet-qtips": Experiment(
         "labels of pixels by far ends of bars: semi-implicit and explicit steps",
         images.run_q_tips,
+    ),
+    **{
+        f"lean-{name}": Experiment(
+            f"full and lean convolutions on {label}: accuracy, weights and multiplications",
+            partial(lean.run, name),
+        )
+        for name, label in {"digits": "small digits", "mnist": "MNIST"}.items()
+    },
+    "mgic-digits": Experiment(
+        "multigrid in channels on small digits, beside full blocks and blocks in groups",
+        mgic.run_digits,
+    ),
+    "mgic-mixing": Experiment(
+        "a mixing of all channels by multigrid blocks: error against the number of levels",
+        mgic.run_mixing,
     ),
     "multilevel-depth": Experiment(
         "peaks by more and more layers, and by all of them at once: accuracy and work",

@@ -141,9 +141,8 @@ def trained(
         data,
         validation=validation,
         out=folder.arguments.out / "checkpoint" / label,
-        seed=folder.arguments.seed,
         resume=True,
-        **options,
+        **{"seed": folder.arguments.seed} | options,
     )
 
 
