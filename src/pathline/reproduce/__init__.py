@@ -12,6 +12,7 @@ from . import (
     conditional,
     control,
     do_vs_od,
+    do_vs_od_classifier,
     games,
     gradients,
     images,
@@ -22,6 +23,7 @@ from . import (
     multilevel,
     networks,
     published,
+    resolution,
     sbi_benchmark,
     stochastic_games,
     tables,
@@ -73,6 +75,10 @@ EXPERIMENTS = {
         )
         for name in do_vs_od.SMALL
     },
+    "do-vs-od-classifier": Experiment(
+        "peaks, classified by discretize-optimize and by optimize-discretize; gains against depth",
+        do_vs_od_classifier.run,
+    ),
     **{
         f"{method}-uci-{name}": Experiment(
             f"the conditional density of the table {name} by {label}, beside Gaussians",
@@ -160,6 +166,10 @@ EXPERIMENTS = {
     "multilevel-depth": Experiment(
         "peaks by more and more layers, and by all of them at once: accuracy and work",
         multilevel.run,
+    ),
+    "multilevel-resolution": Experiment(
+        "a network of coarse images on fine ones: kernels moved in three ways, and trained on",
+        resolution.run,
     ),
     "legendre-surrogate": Experiment(
         "weights in time by Legendre's polynomials and by monomials: errors and stable rates",

@@ -4,7 +4,7 @@ Source: Ruthotto and Haber, Deep neural networks motivated by partial differenti
 2020, arXiv 1804.04272; Haber, Lensink, Treister, Ruthotto, IMEXnet, ICML 2019, arXiv 1903.02639.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,8 +134,15 @@ def halved(images: Images) -> Images:
         fours = rows[:, :-1].reshape(len(rows), channels, height // 2, 2, width // 2, 2)
         return np.concatenate([fours.mean((3, 5)).reshape(len(rows), -1), rows[:, -1:]], 1)
 
-    parts = {name: mean(getattr(images, name)) for name in ("train", "validation", "test")}
-    return replace(images, shape=(channels, height // 2, width // 2), **parts)
+    return resized(images, mean, (channels, height // 2, width // 2))
+
+
+def resized(
+    images: Images, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int, int]
+) -> Images:
+    """Images whose rows of pixels and label `change` has given another shape."""
+    train, validation, test = map(change, (images.train, images.validation, images.test))
+    return replace(images, shape=shape, train=train, validation=validation, test=test)
 
 
 @torch.no_grad()

@@ -106,6 +106,7 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
             for kind, found in results.items()
         },
         *("weights in kernels", "test error", "Test error of each seed against weights"),
+        log=True,
     )
     sections = [
         Section("Operators side by side", f"{summary}. {told}\n\n{images.source}", table=rows),
