@@ -142,9 +142,9 @@ def kernels(net: ContinuousNet) -> int:
 class Multiplications(TorchDispatchMode):
     """Counts multiplications in convolutions and matrix products, by weights that are not zero.
 
-    A kernel's zeros stand for what a sparse stencil leaves out. A complex product is three real
-    ones, and a Fourier transform of n real numbers n log2 n. What is done entry by entry, as in
-    activations and norms, does not count.
+    A kernel's zeros stand for what a sparse stencil leaves out. A complex convolution arrives as
+    three real ones, and a Fourier transform of n real numbers counts n log2 n. What is done entry
+    by entry, as in activations and norms, does not count.
     """
 
     def __init__(self) -> None:
@@ -155,8 +155,7 @@ class Multiplications(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is ATEN.convolution.default:
             places = result.numel() // result.shape[1]
-            factor = 3 if result.is_complex() else 1
-            self.total += factor * places * int(torch.count_nonzero(args[1]))
+            self.total += places * int(torch.count_nonzero(args[1]))
         elif func in (ATEN.mm.default, ATEN.addmm.default):
             rows, matrix = args[-2:]
             self.total += len(rows) * int(torch.count_nonzero(matrix))

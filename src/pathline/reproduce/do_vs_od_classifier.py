@@ -187,6 +187,8 @@ def _sweep_sections(sweep: Mapping[str, Mapping[str, list[float]]]) -> list[Sect
         "directions are forgotten."
     )
     figure = curves(
-        lines, *("layers", "largest singular value", "Gain of all layers, by their number"), log=True
+        lines,
+        *("layers", "largest singular value", "Gain of all layers, by their number"),
+        log=True,
     )
     return [Section("Depth and stability", told, table=table, figure=figure)]
