@@ -72,8 +72,8 @@ def _digits() -> Images:
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     rows = np.concatenate([x / 16, y[:, None]], 1, dtype=np.float32)[order]
-    parts = np.split(rows, np.cumsum(DIGITS))
-    return Images("digits", (1, 8, 8), 10, *parts, DIGITS_SOURCE)
+    train, validation, test = np.split(rows, np.cumsum(DIGITS))
+    return Images("digits", (1, 8, 8), 10, train, validation, test, DIGITS_SOURCE)
 
 
 def _rows(held: int, path: Path) -> Parts:
