@@ -52,7 +52,7 @@ class Setting:
 SETTINGS = {
     ("digits", "small"): Setting(Plan(600, 3)),
     ("digits", "full"): Setting(Plan(3000, 10)),
-    ("mnist", "small"): Setting(Plan(300, 1), half=True, rows=(5000, 2000)),
+    ("mnist", "small"): Setting(Plan(600, 1), half=True, rows=(5000, 2000)),
     ("mnist", "full"): Setting(Plan(8000, 3)),
 }
 
