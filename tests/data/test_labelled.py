@@ -124,6 +124,18 @@ def test_images_from_a_file(tmp_path, monkeypatch):
     assert np.array_equal(found.validation[:, -1], arrays["y_train"][10:])
 
 
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    found, (x, y) = load_images("digits"), load_digits(return_X_y=True)
+    assert found.shape == (1, 8, 8) and found.classes == 10
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [1097, 200, 500]
+    rows = np.concatenate([found.train, found.validation, found.test])
+    plain = np.column_stack([x / 16, y]).astype(np.float32)
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, plain))
+    assert np.array_equal(load_images("digits").test, found.test)
+
+
 def test_images_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.delenv("PATHLINE_DATA", raising=False)
     with pytest.raises(DataError, match="PATHLINE_DATA"):

@@ -12,15 +12,19 @@ from . import (
     conditional,
     control,
     do_vs_od,
+    do_vs_od_classifier,
     games,
     gradients,
     images,
     inference,
+    lean,
+    mgic,
     mnist,
     multilevel,
     networks,
     neuron,
     published,
+    resolution,
     sbi_benchmark,
     stochastic_games,
     tables,
@@ -72,6 +76,10 @@ EXPERIMENTS = {
         )
         for name in do_vs_od.SMALL
     },
+    "do-vs-od-classifier": Experiment(
+        "peaks, classified by discretize-optimize and by optimize-discretize; gains against depth",
+        do_vs_od_classifier.run,
+    ),
     **{
         f"{method}-uci-{name}": Experiment(
             f"the conditional density of the table {name} by {label}, beside Gaussians",
@@ -145,9 +153,28 @@ EXPERIMENTS = {
         "labels of pixels by far ends of bars: semi-implicit and explicit steps",
         images.run_q_tips,
     ),
+    **{
+        f"lean-{name}": Experiment(
+            f"full and lean convolutions on {label}: accuracy, weights and multiplications",
+            partial(lean.run, name),
+        )
+        for name, label in {"digits": "small digits", "mnist": "MNIST"}.items()
+    },
+    "mgic-digits": Experiment(
+        "multigrid in channels on small digits, beside full blocks and blocks in groups",
+        mgic.run_digits,
+    ),
+    "mgic-mixing": Experiment(
+        "a mixing of all channels by multigrid blocks: error against the number of levels",
+        mgic.run_mixing,
+    ),
     "multilevel-depth": Experiment(
         "peaks by more and more layers, and by all of them at once: accuracy and work",
         multilevel.run,
+    ),
+    "multilevel-resolution": Experiment(
+        "a network of coarse images on fine ones: kernels moved in three ways, and trained on",
+        resolution.run,
     ),
     "legendre-surrogate": Experiment(
         "weights in time by Legendre's polynomials and by monomials: errors and stable rates",

@@ -4,8 +4,8 @@ Source: Ruthotto and Haber, Deep neural networks motivated by partial differenti
 2020, arXiv 1804.04272; Haber, Lensink, Treister, Ruthotto, IMEXnet, ICML 2019, arXiv 1903.02639.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -61,11 +61,8 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
     folder = RunFolder.open(experiment, arguments, size, iterations=iterations, data=images.source)
     if folder.done:
         return folder.done
-    mean, std = _moments(images)
-    train, validation, test = (
-        _scaled(part, images, mean, std)
-        for part in (images.train, images.validation[:WATCHED], images.test)
-    )
+    train, validation, test = standardised(images)
+    validation = validation[:WATCHED]
     results: dict[str, dict[str, Any]] = {}
     for kind in LABELS:
         net = pde_cnn(
@@ -82,7 +79,7 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
         )  # fmt: skip
         few = torch.from_numpy(test[:PROBED, :-1]).view(-1, *images.shape)
         results[kind] = {
-            "accuracy": _accuracy(net, test, images.shape),
+            "accuracy": image_accuracy(net, test, images.shape),
             "validation_accuracy": part.metrics["accuracy"],
             "gain": float(stability_report(net, few).worst[-1]),
             "weights": sum(p.numel() for p in net.parameters()),
@@ -117,16 +114,35 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
     return folder.write(outcome, f"Networks of differential equations on {name}", [section])
 
 
-def _moments(images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of the channels, (channels, 1) each."""
-    pixels = images.train[:, :-1].reshape(len(images.train), images.shape[0], -1)
-    return pixels.mean((0, 2))[:, None], pixels.std((0, 2))[:, None]
+def standardised(images: Images) -> list[np.ndarray]:
+    """Rows to train, to choose and to test with; each channel has mean 0 and deviation 1 in the
+    first."""
+    parts = (images.train, images.validation, images.test)
+    pixels = [rows[:, :-1].reshape(len(rows), images.shape[0], -1) for rows in parts]
+    mean, std = (m[:, None] for m in (pixels[0].mean((0, 2)), pixels[0].std((0, 2))))
+    return [
+        np.concatenate([((x - mean) / std).reshape(len(x), -1), rows[:, -1:]], 1, dtype=np.float32)
+        for x, rows in zip(pixels, parts, strict=True)
+    ]
 
 
-def _scaled(rows: np.ndarray, images: Images, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    pixels = rows[:, :-1].reshape(len(rows), images.shape[0], -1)
-    scaled = ((pixels - mean) / std).reshape(len(rows), -1)
-    return np.concatenate([scaled, rows[:, -1:]], 1, dtype=np.float32)
+def halved(images: Images) -> Images:
+    """Images of half the height and width, in which pixels are means of four."""
+    channels, height, width = images.shape
+
+    def mean(rows: np.ndarray) -> np.ndarray:
+        fours = rows[:, :-1].reshape(len(rows), channels, height // 2, 2, width // 2, 2)
+        return np.concatenate([fours.mean((3, 5)).reshape(len(rows), -1), rows[:, -1:]], 1)
+
+    return resized(images, mean, (channels, height // 2, width // 2))
+
+
+def resized(
+    images: Images, change: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int, int]
+) -> Images:
+    """Images whose rows of pixels and label `change` has given another shape."""
+    train, validation, test = map(change, (images.train, images.validation, images.test))
+    return replace(images, shape=shape, train=train, validation=validation, test=test)
 
 
 @torch.no_grad()
@@ -136,7 +152,8 @@ def _predictions(net: ContinuousNet, x: Tensor) -> Tensor:
     return torch.cat([net(part.float()).argmax(1) for part in x.split(CHUNK)])
 
 
-def _accuracy(net: ContinuousNet, rows: np.ndarray, shape: Sequence[int]) -> float:
+def image_accuracy(net: ContinuousNet, rows: np.ndarray, shape: Sequence[int]) -> float:
+    """The share of labels, the last column of flat rows, that a network predicts."""
     x = torch.from_numpy(rows)
     found = _predictions(net, x[:, :-1].view(-1, *shape))
     return (found == x[:, -1].long()).double().mean().item()

@@ -102,7 +102,7 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
             "is the step over the longest that is known to be stable with the learned weights.",
             table=table,
         ),
-        _regions(nets, validation),
+        region_maps({LABELS[kind]: net for kind, net in nets.items()}, validation),
     ]
     details: dict[str, Any] = {"results": results, "goal": setting.goal}
     text = columns(table)
@@ -141,9 +141,8 @@ def trained(
         data,
         validation=validation,
         out=folder.arguments.out / "checkpoint" / label,
-        seed=folder.arguments.seed,
         resume=True,
-        **options,
+        **{"seed": folder.arguments.seed} | options,
     )
 
 
@@ -205,7 +204,8 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[object, ...]]
     ]
 
 
-def _regions(nets: Mapping[str, ContinuousNet], data: Data) -> Section:
+def region_maps(nets: Mapping[str, ContinuousNet], data: Data) -> Section:
+    """Which class networks see where in the plane, by their names."""
     from ..network_plots import regions
 
     x, labels = data
@@ -214,10 +214,10 @@ def _regions(nets: Mapping[str, ContinuousNet], data: Data) -> Section:
     axes = [torch.linspace(float(a), float(b), 120) for a, b in zip(low, high, strict=True)]
     points = torch.cartesian_prod(*axes).double()
     maps = {}
-    for kind, net in nets.items():
+    for name, net in nets.items():
         with torch.no_grad():
             found = net(points.to(next(net.parameters()))).argmax(1)
-        maps[LABELS[kind]] = found.view(len(axes[0]), -1).mT.numpy()
+        maps[name] = found.view(len(axes[0]), -1).mT.numpy()
     figure = regions(axes[0].numpy(), axes[1].numpy(), maps, x.numpy(), labels[:, 0].numpy())
     return Section(
         "What they learned", "Classes in the plane, and validation points.", figure=figure

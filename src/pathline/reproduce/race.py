@@ -205,6 +205,7 @@ class RunFolder:
         pictures: Sequence[Section],
         *,
         logarithmic: bool = False,
+        details: Mapping[str, Any] | None = None,
     ) -> Outcome:
         """The outcome of two trainings; the measured figure is DO's part of OD's seconds.
 
@@ -213,6 +214,7 @@ class RunFolder:
             labels: of the figures.
             told: what the figures are.
             logarithmic: draw the loss so.
+            details: more of them.
         """
         from ..plots import curves
 
@@ -231,7 +233,7 @@ class RunFolder:
         summary = (
             f"DO is {faster:.1f} times as fast; OD makes {fewer:.1f} times as many evaluations"
         )
-        details = {
+        found = {
             "speed_up": faster,
             "evaluations_ratio": fewer,
             "published_reduction": REDUCTION,
@@ -260,7 +262,8 @@ class RunFolder:
         ]
         log = [{"training": name, **entry} for name, t in trainings.items() for entry in t.history]
         text = f"{columns(table)}\n{summary}\npublished: {SOURCE}"
-        outcome = Outcome(do.seconds / od.seconds, None, SOURCE, text, details)
+        found |= details or {}
+        outcome = Outcome(do.seconds / od.seconds, None, SOURCE, text, found)
         return self.finish(outcome, title, sections, log)
 
 
