@@ -408,7 +408,10 @@ def curves(
     ax.set_axisbelow(True)
     ax.set_xlabel(_escape(xlabel), fontsize=9, color=INK)
     ax.set_ylabel(_escape(ylabel), fontsize=9, color=INK)
-    figure.legend(loc="outside upper center", ncols=len(lines), fontsize=8, frameon=False)
+    # About 16 letters to the inch, and room for 8 beside each name.
+    rows = math.ceil(sum(len(name) + 8 for name in lines) / (16 * figure.get_figwidth()))
+    columns = math.ceil(len(lines) / rows)
+    figure.legend(loc="outside upper center", ncols=columns, fontsize=8, frameon=False)
     figure.set_label(title)
     return figure
 
