@@ -66,7 +66,7 @@ def test_multiplications_of_matrices():
 WEIGHTS = {  # of a layer of c channels, arXiv 1904.06952 and 1805.07821
     "full": lambda c: 9 * c**2,
     "depthwise": lambda c: c**2 + 9 * c,
-    "five-point": lambda c: c**2 + 4 * c,
+    "lean": lambda c: c**2 + 4 * c,
     "shift": lambda c: c**2,
     "circulant": lambda c: 9 * c,
 }
@@ -83,7 +83,7 @@ def test_lean_digits(tmp_path, monkeypatch, few):
         assert len(found["accuracies"]) == 2
         assert found["accuracy"] == pytest.approx(np.mean(found["accuracies"]))
     assert metrics["times_fewer_weights"] == pytest.approx(48_384 / 5_824)
-    assert metrics["measured"] == pytest.approx(1 - metrics["results"]["five-point"]["accuracy"])
+    assert metrics["measured"] == pytest.approx(1 - metrics["results"]["lean"]["accuracy"])
     logs = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
     assert len(logs) == 10 and {"full-4", "full-5"} < set(logs)
     assert page.count("<img") == 1 and "Alpaydin" in page
@@ -100,10 +100,10 @@ def test_lean_mnist_is_halved(tmp_path, monkeypatch):
 
     fake = Images("mnist", (1, 28, 28), 10, rows(12), rows(6), rows(8), "random numbers")
     monkeypatch.setattr(lean, "load_images", lambda name, fetch: fake)
-    monkeypatch.setattr(lean, "OPERATORS", {k: lean.OPERATORS[k] for k in ("full", "five-point")})
+    monkeypatch.setattr(lean, "LABELS", {k: lean.LABELS[k] for k in ("full", "lean")})
     monkeypatch.setattr(lean, "WIDTHS", (4, 4))
     metrics, page = reproduce("lean-mnist", tmp_path, "--max-steps", "1")
-    assert set(metrics["results"]) == {"full", "five-point"} and "14 x 14 pixels" in page
+    assert set(metrics["results"]) == {"full", "lean"} and "14 x 14 pixels" in page
 
 
 def test_means_of_four_pixels(few):

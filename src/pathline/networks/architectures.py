@@ -21,6 +21,7 @@ P = ParamSpec("P")
 OPERATORS: dict[str, Callable[[int], Operator]] = {
     "full": Conv,
     "lean": LeanConv,
+    "depthwise": partial(LeanConv, stencil="3x3"),
     "circulant": CirculantConv,
     "shift": ShiftConv,
 }
@@ -81,7 +82,8 @@ def pde_cnn(
         widths: of the blocks, and of the classifier; at least two.
         steps, h: of each block, and their length.
         operator: what couples the channels of a layer: "full" 3x3 kernels, or a "lean" (5-point),
-            "circulant" or "shift" one, see `pathline.nets`.
+            "depthwise" (3x3 for each channel, and 1x1), "circulant" or "shift" one, see
+            `pathline.nets`.
         norm: have a `ChannelNorm` inside the layers, as published; with it no bound of stability
             is known.
         gradient: as in `Evolution`.

@@ -4,15 +4,15 @@ Source: Treister et al., Low-cost parameterizations of deep convolutional neural
 arXiv 1805.07821; Ephrath et al., LeanConvNets, IEEE JSTSP 2020, arXiv 1910.13157.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from ..data import load_images
-from ..nets import CirculantConv, Conv, LeanConv, Operator, ShiftConv, TimeBasis
+from ..nets import TimeBasis
 from ..networks import Dynamics, Residual
+from ..networks.architectures import OPERATORS
 from ..report import Section
 from .candidates import BATCH, Assembled, Plan, compare, image_net, table
 from .experiment import Outcome, RunArguments
@@ -23,17 +23,10 @@ PAPER = (
     "Ephrath et al., LeanConvNets (arXiv 1910.13157): 3 to 10 times fewer weights at comparable "
     "accuracy, on larger images; figures of each network are not known"
 )
-OPERATORS: dict[str, Callable[[int], Operator]] = {
-    "full": Conv,
-    "depthwise": partial(LeanConv, stencil="3x3"),
-    "five-point": LeanConv,
-    "shift": ShiftConv,
-    "circulant": CirculantConv,
-}
 LABELS = {
     "full": "full 3x3",
     "depthwise": "depthwise 3x3 + 1x1",
-    "five-point": "5-point + 1x1",
+    "lean": "5-point + 1x1",
     "shift": "shift + 1x1",
     "circulant": "circulant",
 }
@@ -83,8 +76,8 @@ def run(name: str, arguments: RunArguments, size: str) -> Outcome:
 
         return image_net(block, images, widths=WIDTHS, steps=STEPS, seed=seed)
 
-    results = compare(folder, images, {kind: partial(make, kind) for kind in OPERATORS}, plan)
-    full, lean = results["full"], results["five-point"]
+    results = compare(folder, images, {kind: partial(make, kind) for kind in LABELS}, plan)
+    full, lean = results["full"], results["lean"]
     lost = 100 * (full["accuracy"] - lean["accuracy"])
     fewer = full["kernels"] / lean["kernels"]
     summary = (
