@@ -408,6 +408,14 @@ def test_the_quadratic_value_of_the_quadcopter():
     assert policy.simulate(steps=400).cost.item() == pytest.approx(path.cost, rel=2e-3)
 
 
+@pytest.mark.parametrize("follow", [False, True])
+def test_noise_counts_in_the_value_around_a_path(follow):
+    problem = LinearQuadratic(2, noise=0.4)
+    path = transcribe(problem, steps=40, guesses=0)
+    value = value_at(riccati_value(problem, path, follow=follow), problem.nominal()[None])
+    assert value.item() == pytest.approx(9.6493, rel=2e-3)
+
+
 @pytest.mark.parametrize("problem", [General(), Quadcopter()])
 def test_a_feedback_that_follows_takes_any_path(problem):
     """Along a path with controls that are not optimal, the feedback gives just these, and the value

@@ -167,7 +167,7 @@ def riccati_value(
     Source: Bryson and Ho, Applied Optimal Control, 1975, chapter 6; as a part of a network
     Nakamura-Zimmerer, Gong, Kang, QRnet, 2021 (arXiv 2009.05686).
     """
-    T, d = problem.horizon, problem.dim
+    T, d, follow = problem.horizon, problem.dim, follow and path is not None
     count = NODES if d <= 50 else NODES // 4
     back = np.union1d(np.linspace(LAYER, 1, count), np.geomspace(LAYER, 1, count))
     times = T * (1 - back[::-1])
@@ -184,7 +184,7 @@ def riccati_value(
         gain, shift = np.linalg.solve(e.R, S.T), np.linalg.solve(e.R, q)
         dP = -(e.Q + e.A.T @ P + P @ e.A - S @ gain)
         ds = -(e.l_z + e.A.T @ s + P @ e.f - S @ shift)
-        dc = -(e.L + s @ e.f - 0.5 * q @ shift)
+        dc = -e.L if follow else -(e.L + s @ e.f - 0.5 * q @ shift)
         if noise is not None:
             dc -= 0.5 * np.sum(noise * (P @ noise))
         return np.concatenate([(dP + dP.T).ravel() / 2, ds, [dc]])
@@ -204,13 +204,10 @@ def riccati_value(
         raise SolveError(f"the Riccati equations have no solution to time 0: {solved.message}")
     values = solved.y.T[:0:-1]
     slopes = np.stack([rates(t, v) for t, v in zip(times, values, strict=True)])
-    if follow and path is not None:
+    if follow:
         s = np.stack([_explain(e, slope) for e, slope in zip(expansions, p, strict=True)])
         part, slope_in_time = slice(d * d, d * d + d), PchipInterpolator(knots, s).derivative()
         values[:, part], slopes[:, part] = s[:-1], slope_in_time(times)
-        L = np.array([e.L for e in expansions])
-        paid = CubicSpline(knots, L).antiderivative()
-        values[:, -1], slopes[:, -1] = G.item() + paid(T) - paid(times), -L[:-1]
     found = QuadraticValue(d, len(times)).double()
     found.times.copy_(torch.from_numpy(times))
     found.values.copy_(torch.from_numpy(np.concatenate([values, r[:-1]], 1)))
