@@ -1,6 +1,7 @@
 """The error types: each is a `PathlineError` and the builtin that callers already catch."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -42,6 +43,13 @@ class KernelWarning(UserWarning):
 
 class SolveWarning(UserWarning):
     """A solve or its gradient works, but the user should know something about it."""
+
+
+def require_nonnegative(**numbers: float) -> None:
+    """Raise an ArgumentError unless each of the arguments `numbers` is finite and >= 0."""
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number >= 0):
+            raise ArgumentError(f"`{name}` must be finite and >= 0, got {number!r}")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -10,12 +10,13 @@ from cyclopts import Parameter
 
 from ..classifier_report import finish_classifier, judge, logits, record_check
 from ..data import Table, read_labelled, read_table, write_labelled
-from ..data.tables import write_table
+from ..data.tables import scales, write_table
 from ..errors import ArgumentError, DataError
 from ..models import load, metadata
 from ..nets import TimeBasis
 from ..networks import Classification, ContinuousNet, dense_net
 from ..train import fit, hold_out
+from ..train.files import has_report
 from .options import Columns, Flag, Positive, RunOptions, Seconds, Weight, answer, names
 
 Kind = Literal["residual", "antisymmetric", "parabolic", "hamiltonian", "second-order"]
@@ -89,7 +90,6 @@ def classifier(
             f"{file}: column {target!r} holds {len(classes)} classes in {len(labels)} rows; these "
             "are no classes"
         )
-    spread = x.std(0)
     kept: dict[str, Any] = {
         "file": str(file),
         "validation": None if validation is None else str(validation),
@@ -98,7 +98,7 @@ def classifier(
         "columns": list(table.columns),
         "named": table.named,
         "center": x.mean(0).tolist(),
-        "scale": np.where(spread > 1e-12 * np.abs(x).max(0), spread, 1.0).tolist(),
+        "scale": scales(x, x.std(0)).tolist(),
     }
     held = None if validation is None else _rows(kept, validation)
     net = dense_net(
@@ -149,7 +149,7 @@ def predict(model: Path, file: Path, /, *, out: Path, json: Flag = False) -> Non
     """
     net, kept = open_classifier(model)
     table = read_table(file, text=kept["target"])
-    x = _finite(_fitting(kept, table))
+    x = _finite(table.fitted(kept["columns"], kept["named"]))
     found = torch.softmax(logits(net, kept, x), 1).numpy()
     classes = np.array(kept["classes"])
     best = classes[found.argmax(1)]
@@ -167,7 +167,7 @@ def check_classifier(model: Path, file: Path | None, seed: int, as_json: bool) -
         raise ArgumentError(f"check needs a FILE with rows and classes to judge {model} on")
     x, codes = _rows(kept, file)
     found = judge(net, kept, x, codes, seed=seed)
-    if (model / "metrics.json").exists() and (model / "report.html").exists():
+    if has_report(model):
         record_check(model, file, found, x, codes)
     answer(found, as_json, f"{found['stability']}\n{found['verdict']}")
     return 0 if found["passed"] else 1
@@ -209,7 +209,7 @@ def _pair(kept: dict[str, Any], x: np.ndarray, codes: np.ndarray) -> tuple[np.nd
 def _rows(kept: dict[str, Any], file: Path) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a table, and the numbers of their classes."""
     table, labels = read_labelled(file, kept["target"], str(file))
-    x, classes = _finite(_fitting(kept, table)), np.array(kept["classes"])
+    x, classes = _finite(table.fitted(kept["columns"], kept["named"])), np.array(kept["classes"])
     known = np.isin(labels, classes)
     if not known.all():
         raise DataError(
@@ -217,14 +217,6 @@ def _rows(kept: dict[str, Any], file: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{', '.join(map(str, classes[:20]))}"
         )
     return x, np.searchsorted(classes, labels)
-
-
-def _fitting(kept: dict[str, Any], table: Table) -> Table:
-    """The columns of the model, by name, or by position where there are no names."""
-    columns = tuple(kept["columns"])
-    if not (table.named and kept["named"]) and len(table.columns) == len(columns):
-        return Table(table.values, columns, False, table.name)
-    return table.select(columns, table.name)
 
 
 def _finite(table: Table) -> np.ndarray:

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, DataError
 from ..models import load, metadata
 from ..networks import TrajectoryNet, check_trajectories, fit_trajectories
 from ..networks.forecasts import keep_series, kept_series, log_densities, quantile, solutions
-from ..train.files import read_json
+from ..train.files import has_report, read_json
 from .options import Columns, Flag, Positive, RunOptions, Seconds, answer, names
 
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
@@ -181,7 +181,7 @@ def check_dynamics(model: Path, file: Path | None, as_json: bool) -> int:
     if file is None:
         raise ArgumentError(f"check needs a FILE with series to judge {model} on")
     found = check_trajectories(net, _observed(file, kept))
-    if (model / "metrics.json").exists() and (model / "report.html").exists():
+    if has_report(model):
         record_check(model, file, found.to_dict())
     answer(found.to_dict(), as_json, found.verdict)
     return 0 if found.passed else 1
@@ -191,7 +191,7 @@ def score_dynamics(model: Path, file: Path, out: Path | None, as_json: bool) -> 
     """`pathline score` of a model of time series: each row given the rows before it."""
     net, kept = _open(model)
     table, ids = _read(file, kept["group"])
-    series = _series(_fitting(table, kept, file), ids, kept["time"])
+    series = _series(table.fitted((kept["time"], *kept["columns"])), ids, kept["time"])
     log_prob = log_densities(net, series)
     if out is not None:
         ids = np.repeat(series.ids, np.diff(series.starts))
@@ -238,15 +238,7 @@ def _series(table: Table, ids: np.ndarray | None, time: str, fewest: int = 2) ->
 
 def _observed(file: Path, kept: dict[str, Any], fewest: int = 2) -> Series:
     table, ids = _read(file, kept["group"])
-    return _series(_fitting(table, kept, file), ids, kept["time"], fewest)
-
-
-def _fitting(table: Table, kept: dict[str, Any], file: Path) -> Table:
-    """Time and the columns of the model, by name, or by position where the file has no names."""
-    wanted = (kept["time"], *kept["columns"])
-    if not table.named and len(table.columns) == len(wanted):
-        return Table(table.values, wanted, False, table.name)
-    return table.select(wanted, str(file))
+    return _series(table.fitted((kept["time"], *kept["columns"])), ids, kept["time"], fewest)
 
 
 def _check_same_series(run: RunOptions, digest: str) -> None:

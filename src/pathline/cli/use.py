@@ -25,7 +25,7 @@ from ..networks import ContinuousNet, TrajectoryNet
 from ..posterior.outliers import find_outliers
 from ..posterior_report import calibrate_flow, record_check, write_posterior_report
 from ..report import write_density_report
-from ..train.files import read_json, read_model, write_json
+from ..train.files import has_report, read_json, read_model, write_json
 from .classifier import check_classifier, score_classifier
 from .dynamics import check_dynamics, score_dynamics
 from .options import Flag, Positive, Seed, answer, open_conditional, open_model
@@ -236,7 +236,7 @@ def _check_policy(model: Path, file: Path | None, seed: int, json: bool) -> int:
     if file is not None:
         raise ArgumentError(f"{model} holds a policy, which is checked without a table, got {file}")
     found = load(model).check(seed=seed)
-    if (model / "metrics.json").exists() and (model / "report.html").exists():
+    if has_report(model):
         metrics = read_json(model / "metrics.json")
         write_json(model / "metrics.json", metrics | {"check": found.to_dict()})
         _write_report(model)
@@ -251,7 +251,7 @@ def _check_posterior(
     names = open_conditional(model, flow).names
     calibration = calibrate_flow(flow, theta, context, names, seed=seed)
     found = flow.double().check(theta, context, seed=seed)
-    if (model / "metrics.json").exists() and (model / "report.html").exists():
+    if has_report(model):
         record_check(model, file, found, calibration)
     passed = found.passed and calibration.passed
     verdict = f"{calibration.verdict}\n{found.verdict}"

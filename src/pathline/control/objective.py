@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calculus import gradient
-from ..errors import ArgumentError
+from ..errors import require_nonnegative
 from ..integrate import graded
 from ..train import Loss, Objective, Rows, step_generator
 from .interaction import size
@@ -43,9 +43,7 @@ class Weights:
     value: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, weight in asdict(self).items():
-            if not (np.isfinite(weight) and weight >= 0):
-                raise ArgumentError(f"`{name}` must be finite and >= 0, got {weight!r}")
+        require_nonnegative(**asdict(self))
 
 
 class ValueObjective(Objective):

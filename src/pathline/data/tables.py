@@ -84,6 +84,14 @@ class Table:
         index = [column_index(self.columns, name, flag) for name in names]
         return Table(self.values[:, index], names, self.named, self.name)
 
+    def fitted(self, columns: Iterable[str], named: bool = True) -> "Table":
+        """The `columns` of a model, by name, or by position where this table or those of the model
+        (`named`) have no names of their own. Raises a DataError where they do not fit."""
+        columns = tuple(columns)
+        if not (self.named and named) and len(self.columns) == len(columns):
+            return Table(self.values, columns, False, self.name)
+        return self.select(columns, self.name)
+
     def drop(self, names: Iterable[str], flag: str = "--drop") -> "Table":
         """All columns but `names`. Raises a DataError for an unknown one."""
         index = {column_index(self.columns, name, flag) for name in names}
@@ -100,6 +108,11 @@ def column_index(columns: Sequence[str], name: str, flag: str) -> int:
         return list(columns).index(name)
     hint = did_you_mean(name, columns) or "."
     raise DataError(f"unknown column {name!r} in {flag}{hint} Columns: {listed(columns)}")
+
+
+def scales(values: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """The spread of each column of `values`, or 1 where it is 0 up to rounding."""
+    return np.where(spread > 1e-12 * np.nanmax(np.abs(values), 0), spread, 1.0)
 
 
 def default_columns(count: int) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from ..data.tables import scales
 from ..nets import TimeBasis
 from ..networks import Classification, ContinuousNet, Regression, dense_net
 from ..networks.objectives import Supervised
@@ -67,7 +68,7 @@ class _Continuous(BaseEstimator):
         """Fits `net_` to different rows and their targets, (rows, any)."""
         self._center = np.average(rows, axis=0, weights=weights)
         spread = np.sqrt(np.average((rows - self._center) ** 2, axis=0, weights=weights))
-        self._spread = np.where(spread > 1e-12 * np.abs(rows).max(0), spread, 1.0)
+        self._spread = scales(rows, spread)
         seed = seed_of(self.random_state)
         net = dense_net(
             self.dynamics,
@@ -249,7 +250,7 @@ class ContinuousRegressor(RegressorMixin, _Continuous):
         targets = rows[:, :count]
         self._middle = np.average(targets, axis=0, weights=weights)
         spread = np.sqrt(np.average((targets - self._middle) ** 2, axis=0, weights=weights))
-        self._height = np.where(spread > 1e-12 * np.abs(targets).max(0), spread, 1.0)
+        self._height = scales(targets, spread)
         self._train(rows[:, count:], (targets - self._middle) / self._height, weights, count)
         return self
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ModelError
+from ..errors import ArgumentError, ModelError, require_nonnegative
 from ..integrate import odeint
 from ..nets import (
     FreeVelocity,
@@ -139,9 +139,7 @@ class CNF(Flow):
         ):
             if got not in known and not isinstance(got, nn.Module):
                 raise ArgumentError(f"`{name}` must be one of {', '.join(known)}, got {got!r}")
-        for name, weight in (("transport", transport), ("hjb", hjb), ("jacobian", jacobian)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ArgumentError(f"`{name}` must be finite and >= 0, got {weight!r}")
+        require_nonnegative(transport=transport, hjb=hjb, jacobian=jacobian)
         for name, bound in (("rtol", rtol), ("atol", atol)):
             if not (math.isfinite(bound) and bound > 0):
                 raise ArgumentError(f"`{name}` must be finite and > 0, got {bound!r}")

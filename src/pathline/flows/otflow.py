@@ -1,6 +1,5 @@
 """OT-Flow: a normalizing flow whose velocity is the gradient of a potential."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..control.rollout import Rollout, rollout
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_nonnegative
 from ..nets import Potential
 from .flow import Flow
 from .objective import FlowObjective
@@ -103,9 +102,7 @@ class OTFlow(Flow):
             standardize=standardize,
             support=support,
         )
-        for name, weight in (("transport", transport), ("hjb", hjb)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ArgumentError(f"`{name}` must be finite and >= 0, got {weight!r}")
+        require_nonnegative(transport=transport, hjb=hjb)
         features = self._embed(embedding, generator)
         self.potential = Potential(dim, width, depth, rank, features, generator=generator)
         self.potential.hold_constant()

@@ -1,7 +1,6 @@
 """Potential mean-field games: what a population pays."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from ..control import Interaction, Policy
 from ..control.check import ProblemCheck
-from ..errors import ArgumentError, DataError
+from ..errors import ArgumentError, DataError, require_nonnegative
 from ..nets import Derivatives
 from .costs import Field, closeness, try_cost
 from .density import Density, Given
@@ -63,13 +62,10 @@ class MeanFieldGame(Kinetic):
         congestion: float = 0.0,
         name: str = "mean-field game",
     ) -> None:
-        weights = {
-            "entropy": entropy, "transport": transport, "terminal_weight": terminal_weight,
-            "congestion": congestion,
-        }  # fmt: skip
-        for key, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ArgumentError(f"`{key}` must be finite and >= 0, got {weight!r}")
+        require_nonnegative(
+            entropy=entropy, transport=transport, terminal_weight=terminal_weight,
+            congestion=congestion,
+        )  # fmt: skip
         if transport == 0:
             raise ArgumentError("`transport` must be positive, got 0: velocities would be free")
         self.source, self.target = Density(initial, "initial"), Density(terminal, "terminal")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, require_nonnegative
 from .costs import Field, closeness, try_cost
 from .density import Density, Given
 from .kinetic import Kinetic
@@ -61,12 +61,10 @@ class StochasticGame(Kinetic):
         horizon: float = 1.0,
         name: str = "stochastic game",
     ) -> None:
-        numbers = {"congestion": congestion, "viscosity": viscosity}
         positive = {"transport": transport, "horizon": horizon}
-        for key, value in (numbers | positive).items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ArgumentError(f"`{key}` must be finite and >= 0, got {value!r}")
-            if key in positive and value == 0:
+        require_nonnegative(congestion=congestion, viscosity=viscosity, **positive)
+        for key, value in positive.items():
+            if value == 0:
                 raise ArgumentError(f"`{key}` must be positive, got 0")
         self.source = Density(initial, "initial")
         self.dim, self.name = self.source.dim, name

@@ -51,7 +51,7 @@ class Layout:
             raise ArgumentError(f"`y0` must have one batch size in front, got shapes {shapes}")
         self.shapes = [leaf.shape[1:] if samples else leaf.shape for leaf in leaves]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.last = [not samples and _channels_last(leaf) for leaf in leaves]
+        self.last = [not samples and channels_last(leaf) for leaf in leaves]
 
     def join(self, state: Any) -> Tensor:
         """The tensor in which `state` lies."""
@@ -85,7 +85,8 @@ class Layout:
         return part.view((*lead, *shape))
 
 
-def _channels_last(x: Tensor) -> bool:
+def channels_last(x: Tensor) -> bool:
+    """It is of images whose channels are last in memory."""
     return x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1
 
 

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ArgumentError, unknown
 from ..integrate import METHODS, undo
 from ..integrate.adjoint import AdjointSpec
+from ..integrate.field import channels_last
 from ..integrate.setup import GRADIENTS, Request
 from ..integrate.solve import solve
 from ..nets.time_weights import opened
@@ -110,7 +111,8 @@ class Evolution(nn.Module):
         )
         if self.gradient != "discrete":
             return solve(request).or_raise().values
-        with opened(self.dynamics, channels_last=_channels_last(state)):
+        last = all(channels_last(z) for z in pytree.tree_leaves(state))
+        with opened(self.dynamics, channels_last=last):
             return solve(request).or_raise().values
 
     def extra_repr(self) -> str:
@@ -229,8 +231,3 @@ class ContinuousNet(nn.Module):
 def _last(states: Any) -> Any:
     """Of one state there, without the copy that the gradient of z[-1] is."""
     return pytree.tree_map(lambda z: z[-1] if len(z) > 1 else z.squeeze(0), states)
-
-
-def _channels_last(state: Any) -> bool:
-    """It is of images whose channels are last in memory."""
-    return all(z.ndim == 4 and z.stride(1) == 1 for z in pytree.tree_leaves(state))

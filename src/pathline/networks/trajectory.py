@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.series import Series
+from ..data.tables import scales
 from ..errors import ArgumentError, DataError, ShapeError
 from ..integrate import odeint
 from ..integrate.dense import cubic
@@ -145,9 +146,8 @@ class TrajectoryNet(nn.Module):
         """Take mean and spread of each column, and the time of a usual window, from `series`."""
         self._check_columns(series)
         center, spread = np.nanmean(series.y, 0), np.nanstd(series.y, 0)
-        flat = spread <= 1e-12 * np.nanmax(np.abs(series.y), 0)
         self.center.copy_(torch.from_numpy(center))
-        self.scale.copy_(torch.from_numpy(np.where(flat, 1.0, spread)))
+        self.scale.copy_(torch.from_numpy(scales(series.y, spread)))
         self.unit.fill_(self.window * float(np.median(series.gaps())))
 
     def observe(self, series: Series) -> Observations:

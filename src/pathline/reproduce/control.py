@@ -137,9 +137,7 @@ def run_robustness(arguments: RunArguments, size: str) -> Outcome:
         return folder.done
     policies = {}
     for label, options in (("without noise", {}), ("with noise", {"noise": NOISE})):
-        part = arguments.out / "checkpoint" / label.replace(" ", "-")
-        own = RunArguments(part, arguments.seed, arguments.max_steps, None, True)
-        policies[label], _ = solve_named("quadcopter", own, size, options)
+        policies[label], _ = solve_named("quadcopter", arguments.part(label), size, options)
     noisy = policies["with noise"].problem
     x = noisy.nominal().expand(FLIGHTS, -1)
     shocks = [f"shock {shock:g}" for shock in SHOCKS[1:]]

@@ -17,6 +17,11 @@ class RunArguments:
     resume: bool = False
     overwrite: bool = False
 
+    def part(self, label: str) -> "RunArguments":
+        """Those of one of several runs of an experiment; an interrupted one goes on."""
+        folder = self.out / "checkpoint" / label.replace(" ", "-")
+        return RunArguments(folder, self.seed, self.max_steps, resume=True)
+
 
 @dataclass(frozen=True)
 class Outcome:

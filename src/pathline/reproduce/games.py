@@ -122,8 +122,7 @@ def run_ablation(arguments: RunArguments, size: str) -> Outcome:
     totals: dict[str, list[float]] = {}
     steps: list[int] = []
     for label, chosen in weights.items():
-        part = arguments.out / "checkpoint" / label.replace(" ", "-")
-        own = RunArguments(part, arguments.seed, arguments.max_steps, None, True)
+        own = arguments.part(label)
         changed = {"steps": FEW, "weights": chosen}
         _, metrics = solve_named("transport", own, size, changed=changed, finish=finish_game)
         found = metrics["refinement"]

@@ -71,10 +71,7 @@ def run(arguments: RunArguments, size: str) -> Outcome:
     folder = RunFolder.open("neuron-feedback", arguments, size)
     if folder.done:
         return folder.done
-    own = RunArguments(
-        arguments.out / "checkpoint" / "policy", arguments.seed, arguments.max_steps, None, True
-    )
-    policy, _ = solve_named("neuron", own, size)
+    policy, _ = solve_named("neuron", arguments.part("policy"), size)
     assert isinstance(policy, Policy)
     problem, kick = policy.problem, {SHOCKED_AT: torch.tensor(SHOCK)}
     recorded = policy.simulate(steps=STEPS).controls[:, 0, 0].double().numpy()

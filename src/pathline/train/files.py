@@ -67,6 +67,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_report(run: Path) -> bool:
+    """Whether a run has figures and a report of them, to which a check can be added."""
+    return (run / "metrics.json").exists() and (run / "report.html").exists()
+
+
 def save(model: nn.Module, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> None:
     """Save `model` into `folder`: its weights as safetensors, the rest as JSON, never a pickle.
 
