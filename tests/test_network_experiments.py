@@ -126,8 +126,9 @@ def test_figures_of_bars():
 
 def test_imexnet_on_q_tips(tmp_path, monkeypatch):
     monkeypatch.setitem(images.Q_TIPS, "small", images.QTips(16, (4, 4), (20, 10), 2))
-    metrics, _ = reproduce("imexnet-qtips", tmp_path)
+    metrics, page = reproduce("imexnet-qtips", tmp_path)
     found = metrics["results"]
+    assert page.count("<img") == 1
     assert found["semi-implicit"]["weights"] - found["explicit"]["weights"] == 2 * 3 * 4 * 9
     assert metrics["measured"] == pytest.approx(1 - found["semi-implicit"]["bars"])
     net = pl.load(tmp_path / "run")
@@ -149,8 +150,11 @@ def test_pde_cnn(name, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "load_images", lambda name, fetch: fake)
     for key in images.SETTINGS:
         monkeypatch.setitem(images.SETTINGS, key, images.Setting((4, 4, 4), 2, 5, 0.01))
-    metrics, page = reproduce(f"pde-cnn-{name}", tmp_path)
+    limit = ("--budget", "2") if name == "mnist" else ()
+    metrics, page = reproduce(f"pde-cnn-{name}", tmp_path, *limit)
     assert set(metrics["results"]) == set(images.LABELS) and "random numbers" in page
+    steps = {found["steps"] for found in metrics["results"].values()}
+    assert min(steps) > 2 if limit else steps == {2}
     weights = {kind: found["weights"] for kind, found in metrics["results"].items()}
     assert weights["hamiltonian"] < weights["parabolic"] == weights["second-order"]
     assert weights["residual"] == weights["parabolic"]

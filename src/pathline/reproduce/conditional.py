@@ -7,7 +7,6 @@ splits in place of one, training statistics for all tables, and no row in two pa
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -26,7 +25,7 @@ from ..posterior_report import METHODS as NAMES
 from ..report import Section
 from ..train import Run, files, fit
 from .experiment import Outcome, RunArguments
-from .race import RunFolder, columns
+from .race import RunFolder, columns, open_folder
 from .regressions import LinearGaussian, Pairs, gaussian_network
 
 PAPER = (
@@ -212,9 +211,3 @@ def _finish(
     ]
     outcome = Outcome(figures[label][0], None, PAPER, text, details)
     return folder.write(outcome, f"{label} on {name}", sections)
-
-
-def open_folder(experiment: str, arguments: RunArguments, size: str, **settings: Any) -> RunFolder:
-    """The folder of an experiment of several trainings, each in its part of `checkpoint/`."""
-    limits = {"max_steps": arguments.max_steps, "budget": arguments.budget}
-    return RunFolder.open(experiment, replace(arguments, budget=None), size, **limits, **settings)

@@ -19,7 +19,7 @@ from ..report import Section
 from ..train import files
 from .experiment import Outcome, RunArguments
 from .networks import trained
-from .race import RunFolder, columns
+from .race import RunFolder, columns, open_folder
 
 PDE_PAPER = "Ruthotto and Haber, arXiv 1804.04272"
 LABELS = {
@@ -53,17 +53,22 @@ SETTINGS = {
 
 def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
     """Train parabolic, Hamiltonian and second-order networks, and a plain residual one of as many
-    layers, in equally many steps without augmentation."""
+    layers, in equally many steps, or equally long where there is a budget, without augmentation."""
+    from ..plots import curves
+
     setting = SETTINGS[name, size]
     images = load_images(name, fetch=size == "full")
-    iterations = arguments.max_steps or setting.iterations
+    limit: dict[str, Any] = {"max_steps": arguments.max_steps or setting.iterations}
+    if arguments.budget is not None:
+        limit = {"budget": arguments.budget / len(LABELS)}
     experiment = f"pde-cnn-{name.replace('10', '')}"
-    folder = RunFolder.open(experiment, arguments, size, iterations=iterations, data=images.source)
+    folder = open_folder(experiment, arguments, size, data=images.source)
     if folder.done:
         return folder.done
     train, validation, test = standardised(images)
     validation = validation[:WATCHED]
     results: dict[str, dict[str, Any]] = {}
+    gains = {}
     for kind in LABELS:
         net = pde_cnn(
             kind,
@@ -75,20 +80,23 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
         objective = Classification(net, shape=images.shape, decay=2e-4, head=2e-4)
         part = trained(
             *(folder, kind, objective, train, validation),
-            max_steps=iterations, batch_size=setting.batch, learning_rate=setting.rate,
+            batch_size=setting.batch, learning_rate=setting.rate, **limit,
         )  # fmt: skip
         few = torch.from_numpy(test[:PROBED, :-1]).view(-1, *images.shape)
+        stability = stability_report(net, few)
+        gains[LABELS[kind]] = (stability.depth, stability.worst)
         results[kind] = {
             "accuracy": image_accuracy(net, test, images.shape),
             "validation_accuracy": part.metrics["accuracy"],
-            "gain": float(stability_report(net, few).worst[-1]),
+            "gain": float(stability.worst[-1]),
             "weights": sum(p.numel() for p in net.parameters()),
+            "steps": part.steps,
             "seconds": part.seconds,
         }
         if kind == "hamiltonian":
             files.save(net, arguments.out / "model")
     table = [
-        ("", "test", "validation", "worst gain", "weights", "seconds"),
+        ("", "test", "validation", "worst gain", "weights", "steps", "seconds"),
         *(
             (
                 LABELS[kind],
@@ -96,22 +104,27 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
                 f"{found['validation_accuracy']:.2%}",
                 f"{found['gain']:.3g}",
                 f"{found['weights']:,}",
+                f"{found['steps']:,}",
                 f"{found['seconds']:.0f}",
             )
             for kind, found in results.items()
         ),
     ]
     told = (
-        f"Accuracy on {len(test):,} images, of networks of widths {setting.widths} after "
-        f"{iterations:,} steps of {setting.batch} images. The gain is by how much a network "
+        f"Accuracy on {len(test):,} images, of networks of widths {setting.widths}, trained "
+        f"with {setting.batch} images a step. The gain is by how much a network "
         "amplifies the worst small perturbation of an image, up to its features."
     )
     best = max(found["accuracy"] for kind, found in results.items() if kind != "residual")
     source = f"{PDE_PAPER}; its figures are of larger data and networks"
     text = f"{columns(table)}\nmeasured: the least test error of the three equations"
     outcome = Outcome(1 - best, None, source, text, {"results": results})
-    section = Section("Equations side by side", f"{told}\n\n{images.source}", table=table)
-    return folder.write(outcome, f"Networks of differential equations on {name}", [section])
+    figure = curves(gains, "steps in depth", "worst gain", "Gain along the depth", log_y=True)
+    sections = [
+        Section("Equations side by side", f"{told}\n\n{images.source}", table=table),
+        Section("Gain along the depth", figure=figure),
+    ]
+    return folder.write(outcome, f"Networks of differential equations on {name}", sections)
 
 
 def standardised(images: Images) -> list[np.ndarray]:
@@ -164,6 +177,7 @@ IMEX_PAPER = (
     "the explicit one; figures are not known"
 )
 KERNELS = {"semi-implicit": True, "explicit": False}
+SHOWN = 12  # images
 CONTRAST = 4.0  # of grey levels, which differ by 0.06 between bar and background
 
 
@@ -189,6 +203,8 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
 
     Losses of bars and background count equally.
     """
+    from ..plots import images
+
     setting = Q_TIPS[size]
     iterations = arguments.max_steps or setting.iterations
     folder = RunFolder.open("imexnet-qtips", arguments, size, iterations=iterations)
@@ -199,6 +215,7 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
     share = (train[1] > 0).double().mean().item()
     factors = (0.5 / (1 - share), *3 * (0.5 / share,))
     results: dict[str, dict[str, Any]] = {}
+    shown = [validation[0][:SHOWN, 0], validation[1][:SHOWN] / 3]
     shape = (1, setting.pixels, setting.pixels)
     for label, implicit in KERNELS.items():
         net = imexnet(widths=setting.widths, implicit=implicit, seed=arguments.seed)
@@ -208,6 +225,7 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
             max_steps=iterations, batch_size=8 if size == "full" else 16, learning_rate=0.01,
         )  # fmt: skip
         found = _predictions(net, CONTRAST * (validation[0] - GREY))
+        shown.append(found[:SHOWN] / 3)
         results[label] = bar_figures(found, validation[1].long()) | {
             "weights": sum(p.numel() for p in net.parameters()),
             "seconds": part.seconds,
@@ -235,8 +253,16 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
     text = f"{columns(table)}\nmeasured: share of wrong labels on bars, semi-implicit"
     error = 1 - results["semi-implicit"]["bars"]
     outcome = Outcome(error, None, IMEX_PAPER, text, {"results": results})
-    section = Section("Semi-implicit and explicit steps", told, table=table)
-    return folder.write(outcome, "Q-tips by semi-implicit steps", [section])
+    drawn = (
+        "Rows: new images, the labels of their pixels (the darker, the higher the class), and what "
+        f"the networks find: {', '.join(KERNELS)}."
+    )
+    figure = images(torch.stack(shown).numpy(), "Images, labels and what the networks find")
+    sections = [
+        Section("Semi-implicit and explicit steps", told, table=table),
+        Section("Labels of pixels", drawn, figure=figure),
+    ]
+    return folder.write(outcome, "Q-tips by semi-implicit steps", sections)
 
 
 def _pixels(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

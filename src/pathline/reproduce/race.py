@@ -8,7 +8,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -280,3 +280,9 @@ def columns(table: Sequence[Sequence[object]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join(lines)
+
+
+def open_folder(experiment: str, arguments: RunArguments, size: str, **settings: Any) -> RunFolder:
+    """The folder of an experiment of several trainings, each in its part of `checkpoint/`."""
+    limits = {"max_steps": arguments.max_steps, "budget": arguments.budget}
+    return RunFolder.open(experiment, replace(arguments, budget=None), size, **limits, **settings)

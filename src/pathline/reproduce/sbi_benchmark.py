@@ -16,10 +16,10 @@ from ..posterior import c2st
 from ..posterior.simulators import SIMULATORS
 from ..report import Section
 from ..train import files
-from .conditional import LABELS, open_folder, train_flow
+from .conditional import LABELS, train_flow
 from .experiment import Outcome, RunArguments
 from .inference import bounds, samples_of, validated
-from .race import columns
+from .race import columns, open_folder
 
 SOURCE = (
     "Lueckmann et al., Benchmarking simulation-based inference (arXiv 2101.04653): mean C2ST of "
