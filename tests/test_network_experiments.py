@@ -125,7 +125,7 @@ def test_figures_of_bars():
 
 
 def test_imexnet_on_q_tips(tmp_path, monkeypatch):
-    monkeypatch.setitem(images.Q_TIPS, "small", images.QTips(16, (4, 4), (20, 10), 2))
+    monkeypatch.setitem(images.Q_TIPS, "small", images.QTips(16, (4, 4), 3, (20, 10), 2))
     metrics, page = reproduce("imexnet-qtips", tmp_path)
     found = metrics["results"]
     assert page.count("<img") == 1

@@ -1,8 +1,8 @@
 """Tables from files, checks that they can have a density, toy densities and real data sets."""
 
+from .classes import ellipses, moons, peaks, peaks_function, q_tips, spirals
 from .electricity import load_electricity
 from .images import Images, load_images
-from .labelled import ellipses, moons, peaks, peaks_function, q_tips, spirals
 from .labels import read_labelled, write_labelled
 from .published import BENCHMARKS, is_published, load_mnist, load_published
 from .recipe import Recipe, check_table, resolution

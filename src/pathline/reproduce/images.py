@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data import Images, load_images, q_tips
-from ..data.labelled import GREY
+from ..data.classes import GREY
 from ..networks import Classification, ContinuousNet, imexnet, pde_cnn, stability_report
 from ..report import Section
 from ..train import files
@@ -176,7 +176,7 @@ IMEX_PAPER = (
     "Haber et al., IMEXnet (arXiv 1903.02639): the semi-implicit network is clearly better than "
     "the explicit one; figures are not known"
 )
-KERNELS = {"semi-implicit": True, "explicit": False}
+KINDS = {"semi-implicit": (True, 1), "explicit": (False, 1), "explicit, deeper": (False, 3)}
 SHOWN = 12  # images
 CONTRAST = 4.0  # of grey levels, which differ by 0.06 between bar and background
 
@@ -187,19 +187,21 @@ class QTips:
 
     pixels: int
     widths: tuple[int, ...]
+    steps: int  # of each width
     rows: tuple[int, int]
     iterations: int
 
 
 Q_TIPS = {
-    "small": QTips(32, (16, 16, 16), (4096, 256), 1600),
-    "full": QTips(64, (64, 128, 256), (1024, 64), 12_800),
+    "small": QTips(32, (16, 16, 16), 1, (4096, 256), 1600),
+    "full": QTips(64, (64, 128, 256), 3, (1024, 64), 12_800),
 }
 
 
 def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
-    """Label pixels of bars by the colours of their far ends, with semi-implicit steps and, with the
-    same kernels, explicit ones, whose field of view is shorter than a bar.
+    """Label pixels of bars by the colours of their far ends: with semi-implicit steps, with the
+    same kernels in explicit ones, whose field of view is shorter than long bars, and with three
+    times as many of these, which see whole bars.
 
     Losses of bars and background count equally.
     """
@@ -217,28 +219,31 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
     results: dict[str, dict[str, Any]] = {}
     shown = [validation[0][:SHOWN, 0], validation[1][:SHOWN] / 3]
     shape = (1, setting.pixels, setting.pixels)
-    for label, implicit in KERNELS.items():
-        net = imexnet(widths=setting.widths, implicit=implicit, seed=arguments.seed)
+    for label, (implicit, times) in KINDS.items():
+        steps = times * setting.steps
+        net = imexnet(widths=setting.widths, steps=steps, implicit=implicit, seed=arguments.seed)
         objective = Classification(net, shape=shape, class_weights=factors)
         part = trained(
-            *(folder, label, objective, _pixels(train), _pixels(validation)),
+            *(folder, label.replace(", ", "-"), objective, _pixels(train), _pixels(validation)),
             max_steps=iterations, batch_size=8 if size == "full" else 16, learning_rate=0.01,
         )  # fmt: skip
         found = _predictions(net, CONTRAST * (validation[0] - GREY))
         shown.append(found[:SHOWN] / 3)
         results[label] = bar_figures(found, validation[1].long()) | {
+            "view": 1 + 2 * len(setting.widths) * (1 + 2 * steps),
             "weights": sum(p.numel() for p in net.parameters()),
             "seconds": part.seconds,
         }
         if implicit:
             files.save(net, arguments.out / "model")
     table = [
-        ("", "right of bars", "right of all pixels", "IoU", "weights", "seconds"),
+        ("", "right of bars", "right of all pixels", "IoU", "view", "weights", "seconds"),
         *(
             (
                 label,
                 *(f"{found[key]:.2%}" for key in ("bars", "pixels")),
                 f"{found['iou']:.3f}",
+                "all" if label == "semi-implicit" else f"{found['view']}",
                 f"{found['weights']:,}",
                 f"{found['seconds']:.0f}",
             )
@@ -248,14 +253,14 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
     told = (
         f"Shares of right labels of {setting.rows[1]} images of {setting.pixels} x "
         f"{setting.pixels} pixels after {iterations:,} steps; IoU is the mean over the four "
-        "classes of intersection over union."
+        "classes of intersection over union, and the view how many pixels a side a pixel can see."
     )
     text = f"{columns(table)}\nmeasured: share of wrong labels on bars, semi-implicit"
     error = 1 - results["semi-implicit"]["bars"]
     outcome = Outcome(error, None, IMEX_PAPER, text, {"results": results})
     drawn = (
         "Rows: new images, the labels of their pixels (the darker, the higher the class), and what "
-        f"the networks find: {', '.join(KERNELS)}."
+        f"the networks find: {'; '.join(KINDS)}."
     )
     figure = images(torch.stack(shown).numpy(), "Images, labels and what the networks find")
     sections = [

@@ -19,7 +19,7 @@ from pathline.data import (
     q_tips,
     spirals,
 )
-from pathline.data.labelled import PEAKS
+from pathline.data.classes import PEAKS
 from pathline.errors import ArgumentError, DataError
 
 
