@@ -217,7 +217,7 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
     share = (train[1] > 0).double().mean().item()
     factors = (0.5 / (1 - share), *3 * (0.5 / share,))
     results: dict[str, dict[str, Any]] = {}
-    shown = [validation[0][:SHOWN, 0], validation[1][:SHOWN] / 3]
+    shown = [1 - validation[0][:SHOWN, 0], validation[1][:SHOWN] / 3]
     shape = (1, setting.pixels, setting.pixels)
     for label, (implicit, times) in KINDS.items():
         steps = times * setting.steps
