@@ -137,6 +137,20 @@ def test_run_folders(tmp_path):
     assert_close(train(resume=True), trained, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("change", ["head", "steps", "basis"])
+def test_networks_changed_by_hand_are_not_saved(change, tmp_path):
+    net = dense_net("hamiltonian", 2, 7, steps=4)
+    if change == "head":
+        net.head = nn.Linear(16, 2)
+    elif change == "steps":
+        net.stages[0].steps = 16
+    else:
+        net.stages[0].dynamics = net.stages[0].dynamics.refined(8)
+    with pytest.raises(ArgumentError, match="is not as `dense_net` made it; keep the"):
+        pl.save(net, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_networks_made_by_hand_are_not_saved(tmp_path):
     net = ContinuousNet(nn.Linear(2, 4), Antisymmetric(Conv(4)), None)
     with pytest.raises(ArgumentError, match="only networks made by `dense_net`"):

@@ -61,7 +61,7 @@ def test_what_a_run_holds(made):
         "transport", "preference", "entropy", "congestion", "terminal", "total",
     }  # fmt: skip
     config = json.loads((made / "config.json").read_text())
-    assert config["choices"]["time_steps"] == 2
+    assert config["objective"]["time_steps"] == 2
 
 
 def test_the_equilibrium_opens(made):

@@ -113,3 +113,27 @@ def test_arguments():
         Classification(net, head=-1)
     with pytest.raises(ArgumentError, match="`targets` must be a positive integer, got 0"):
         Regression(net, targets=0)
+
+
+def test_trained_and_loaded_networks_are_in_evaluation_mode(tmp_path):
+    """Batch norm then uses its running statistics, so an image's scores depend on no other."""
+    net, x = pde_cnn("parabolic", channels=1, classes=2, widths=(4, 4)), torch.randn(20, 36)
+    objective = Classification(net, shape=(1, 6, 6))
+    labels = (x.mean(1, keepdim=True) > 0).float()
+    pl.fit(objective, (x, labels), max_steps=3, out=tmp_path, progress=False)
+    images = x.view(-1, 1, 6, 6)
+    for trained in (net, pl.load(tmp_path)):
+        alone = torch.cat([trained(image[None]) for image in images])
+        assert_close(trained(images), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_with_the_same_loss_alone(tmp_path):
+    def train(decay, **options):
+        net = dense_net("residual", 2, 2, width=4, steps=2)
+        objective = Classification(net, decay=decay, class_weights=(1.0, 2.0))
+        pl.fit(objective, data(), max_steps=3, out=tmp_path, progress=False, **options)
+
+    train(0.5)
+    train(0.5, resume=True)
+    with pytest.raises(ArgumentError, match=r"another decay of its objective: 0\.5, now 0\.1"):
+        train(0.1, resume=True)

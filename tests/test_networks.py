@@ -559,6 +559,19 @@ def test_saves_and_loads():
         (lambda: Evolution(Residual(Dense(2)), steps=0), "`steps` must be a positive integer or"),
         (lambda: Evolution(Residual(Dense(2)), steps=None), "'euler' takes fixed steps"),
         (lambda: ContinuousNet(None, [nn.Linear(2, 2)], None), "at least one Dynamics"),
+        (lambda: ContinuousNet(None, nn.Linear(2, 2), None), "at least one Dynamics"),
+        (lambda: Residual(Dense(2), "legendre"), "`time` must be a nets.TimeBasis, got 'legendre'"),
+        (lambda: Evolution(Residual(Dense(2)), method="verlet"), "halves in turn, which Residual"),
+        (lambda: Evolution(Residual(Dense(2)), method="imex_euler"), "is for SemiImplicit"),
+        (lambda: Evolution(Hamiltonian(Dense(2)), gradient="adjoint"), "method 'verlet' can't"),
+        (
+            lambda: ContinuousNet(None, Residual(Dense(2)), None)(torch.ones(1, 2).float()),
+            "`x` must be torch.float64 on cpu, as the network is, got torch.float32 on cpu",
+        ),
+        (
+            lambda: ContinuousNet(None, Residual(Dense(2)), None)([1.0, 2.0]),
+            "`x` must be a tensor, got list",
+        ),
         (lambda: Augmented(Residual(Dense(2)), 0), "`extra` must be a positive integer, got 0"),
         (
             lambda: Evolution(Residual(Dense(2)), gradient="reversible")(torch.ones(1, 2)),

@@ -19,6 +19,7 @@ from pathline.networks import (
     SecondOrder,
     dense_net,
     fgsm,
+    imexnet,
     pde_cnn,
     pgd,
     stability_report,
@@ -176,8 +177,20 @@ def test_errors():
         stability_report(net, x, probes=0)
     with pytest.raises(ShapeError, match=r"`labels` must be \(4,\), got \(4, 1\)"):
         stability_report(net, x, torch.zeros(4, 1, dtype=torch.long))
-    with pytest.raises(DataError, match="whole numbers from 0 to 1"):
+    with pytest.raises(DataError, match="whole numbers from 0 to 1, got 0 to 2"):
         stability_report(net, x, torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(
+        DataError, match=r"of dtype torch\.int64, got torch\.bool"
+    ):
+        stability_report(net, x, torch.tensor([False, True, True, False]))
+    with pytest.raises(ShapeError, match="`x` must hold at least one sample"):
+        stability_report(net, x[:0])
+    with pytest.raises(ShapeError, match=r"logits \(batch, classes\), got \(1, 4, 8, 8\)"):
+        stability_report(imexnet(widths=(2,), steps=1), torch.randn(1, 1, 8, 8), torch.zeros(1))
+    with pytest.raises(ArgumentError, match="`steps` must be a positive integer, got -1"):
+        pgd(net, x, torch.zeros(4, dtype=torch.long), 0.1, steps=-1)
+    with pytest.raises(ShapeError, match=r"`labels` must be \(4,\), got \(4, 1\)"):
+        fgsm(net, x, torch.zeros(4, 1, dtype=torch.long), 0.1)
     with pytest.raises(ArgumentError, match="`epsilon` must be at least 0"):
         fgsm(net, x, torch.zeros(4, dtype=torch.long), -1.0)
 

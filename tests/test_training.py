@@ -591,14 +591,14 @@ def test_resume_where_there_is_no_run(tmp_path):
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"data": X + 1}, "another data sha256"),
-        ({"data": X[:-1]}, "another data rows"),
-        ({"validation": X[:50]}, "another data"),
+        ({"data": X + 1}, "another sha256 of its data"),
+        ({"data": X[:-1]}, "another rows of its data"),
+        ({"validation": X[:50]}, "another .* of its data"),
         ({"seed": 1}, "another"),
-        ({"max_steps": 50}, "another settings max_steps: 40, now 50"),
-        ({"batch_size": 32}, "another settings batch_size"),
-        ({"flow": new_flow(9)}, "another model width: 8, now 9"),
-        ({"sample_weight": np.arange(601) + 1.0}, "another data"),
+        ({"max_steps": 50}, "another max_steps of its settings: 40, now 50"),
+        ({"batch_size": 32}, "another batch_size of its settings"),
+        ({"flow": new_flow(9)}, "another width of its model: 8, now 9"),
+        ({"sample_weight": np.arange(601) + 1.0}, "another .* of its data"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )

@@ -154,7 +154,7 @@ def _reinforced(policy: Policy, out: Path, evaluations: int, seed: int) -> dict[
     from .control.ppo import solve_evaluations, train_ppo
 
     problem, config = policy.problem, read_json(out / "config.json")
-    steps, batch = config["choices"]["time_steps"], config["settings"]["batch_size"]
+    steps, batch = config["objective"]["time_steps"], config["settings"]["batch_size"]
     found = train_ppo(problem, evaluations=evaluations, seed=seed)
     history = read_log(out)
     own = [

@@ -36,7 +36,9 @@ NAMED: dict[str, Named] = PROBLEMS | GAMES  # the problems that policies are for
 
 
 def load(folder: str | Path) -> Any:
-    """The model that `save` or a run wrote; `folder` is a run or the model inside it.
+    """The model that `save` or a run wrote, in evaluation mode.
+
+    `folder` is a run or the model inside it.
 
     Nothing in the files is executed.
 
@@ -54,7 +56,7 @@ def load(folder: str | Path) -> Any:
         raise ModelError(
             f"{folder} is damaged: weights and description differ ({reason})"
         ) from None
-    return model
+    return model.eval()
 
 
 def _build(description: dict[str, Any], folder: str | Path) -> nn.Module:

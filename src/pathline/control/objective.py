@@ -147,8 +147,11 @@ class ValueObjective(Objective):
     def prepare(self, rows: Rows, generator: torch.Generator) -> None:
         self.seed = int(torch.randint(2**62, (), generator=generator))
 
+    def settings(self) -> dict[str, Any]:
+        return {"time_steps": self.steps, "weights": asdict(self.weights)}
+
     def choices(self) -> dict[str, Any]:
-        return {"time_steps": self.steps, "quadratic_part": self.model.potential.base is not None}
+        return {"quadratic_part": self.model.potential.base is not None}
 
     def inner_weights(self) -> list[Tensor]:
         return self.model.inner_weights()

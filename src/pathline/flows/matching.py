@@ -44,6 +44,9 @@ class FlowMatching(Objective):
         self.model, self.pairs = flow, pairs
         self.seed, self.draws = 0, 0
 
+    def settings(self) -> dict[str, Any]:
+        return {"pairs": self.pairs}
+
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
         flow = self.model
         y, features, _ = flow.coordinates(*flow.split(batch))

@@ -269,8 +269,11 @@ class Inputs(nn.Module):
         """`x` itself.
 
         Raises:
+            ArgumentError: it holds no floating-point numbers.
             ShapeError: it has another shape.
         """
+        if not x.is_floating_point():
+            raise ArgumentError(f"the network needs floating-point numbers, got {x.dtype}")
         if self.pixels is None:
             wanted, fits = f"rows (batch, {self.channels})", x.ndim == 2
         else:
@@ -300,11 +303,12 @@ def dense_net(
     outputs: int,
     *,
     width: int = 16,
-    steps: int = 8,
+    steps: int | None = 8,
     time: TimeBasis | None = None,
     gamma: float = 0.0,
     method: str | None = None,
     gradient: str = "discrete",
+    tolerance: float = 1e-5,
     seed: int = 0,
 ) -> ContinuousNet:
     """A network for rows of a table: an affine opening layer, a dense dynamics, an affine head.
@@ -313,14 +317,15 @@ def dense_net(
         kind: "residual", "antisymmetric", "hamiltonian", "parabolic" or "second-order".
         inputs, outputs: columns of each.
         width: features; even for "hamiltonian", which splits them.
-        steps: time steps.
+        steps: time steps; None lets an adaptive method choose them.
         time: basis and horizon of the weights; each step its own, and 5, by default.
         gamma: diffusion of "antisymmetric".
-        method, gradient: as in `Evolution`.
+        method, gradient, tolerance: as in `Evolution`.
         seed: of the initial weights.
 
     Raises:
-        ArgumentError: the kind is not known.
+        ArgumentError: the kind is not known, or `steps` is no positive integer; there must be a
+            `time` where it is None.
         ShapeError: an odd width is to be split.
 
     Source: Haber and Ruthotto, Inverse Problems 34, 2017, arXiv 1705.03341.
@@ -329,7 +334,10 @@ def dense_net(
         raise ArgumentError(unknown("`kind`", str(kind), DENSE_KINDS))
     if kind == "hamiltonian" and width % 2:
         raise ShapeError(f"`width` must be even for kind 'hamiltonian', got {width}")
-    time = TimeBasis("piecewise-constant", steps, 5.0) if time is None else time
+    if time is None:
+        if not isinstance(steps, int) or steps < 1:
+            raise ArgumentError(f"`steps` must be a positive integer, got {steps!r}")
+        time = TimeBasis("piecewise-constant", steps, 5.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dynamics: Dynamics
@@ -345,7 +353,10 @@ def dense_net(
             dynamics = SecondOrder(Dense(width), time, activation="tanh")
         opening = nn.Sequential(Inputs(inputs), nn.Linear(inputs, width))
         head = nn.Linear(width, outputs)
-        return ContinuousNet(opening, dynamics, head, method=method, steps=steps, gradient=gradient)
+        return ContinuousNet(
+            opening, dynamics, head, method=method, steps=steps, gradient=gradient,
+            tolerance=tolerance,
+        )  # fmt: skip
 
 
 ARCHITECTURES = {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DataError, ShapeError
 
 
 def fgsm(net: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -37,6 +37,8 @@ def pgd(
     Source: Madry et al., Towards deep learning models resistant to adversarial attacks, ICLR 2018,
     arXiv 1706.06083.
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"`steps` must be a positive integer, got {steps!r}")
     generator = torch.Generator().manual_seed(seed)
     start = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
     moved = x + epsilon * (2 * start - 1)
@@ -51,5 +53,30 @@ def _ascent(net: nn.Module, x: Tensor, labels: Tensor, epsilon: float) -> Tensor
         raise ArgumentError(f"`epsilon` must be at least 0, got {epsilon!r}")
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(F.cross_entropy(net(x), labels, reduction="sum"), x)
+        outputs = net(x)
+        check_labels(outputs, labels)
+        (slope,) = torch.autograd.grad(F.cross_entropy(outputs, labels, reduction="sum"), x)
     return slope.sign()
+
+
+def check_labels(outputs: Tensor, labels: Tensor) -> None:
+    """Raise unless `labels` (batch,) are classes of logits (batch, classes).
+
+    Raises:
+        ShapeError: they are not one for each of the samples.
+        DataError: they are no integers, or one is none of the classes.
+    """
+    if outputs.ndim != 2:
+        raise ShapeError(
+            f"`labels` are for networks with logits (batch, classes), got {tuple(outputs.shape)}"
+        )
+    rows, classes = outputs.shape
+    if labels.shape != (rows,):
+        raise ShapeError(f"`labels` must be ({rows},), got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise DataError(f"`labels` must be integers, of dtype torch.int64, got {labels.dtype}")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise DataError(
+            f"`labels` must be whole numbers from 0 to {classes - 1}, got {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )

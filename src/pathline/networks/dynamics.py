@@ -40,12 +40,17 @@ class Dynamics(nn.Module):
     Args:
         time: the basis of the weights in time, and the horizon; constant weights on [0, 1] by
             default. `TimeBasis(order=8)` gives each of eight equal steps weights of its own.
+
+    Raises:
+        ArgumentError: `time` is no `TimeBasis`.
     """
 
     method = "euler"  # where the user names none
 
     def __init__(self, time: TimeBasis = CONSTANT) -> None:
         super().__init__()
+        if not isinstance(time, TimeBasis):
+            raise ArgumentError(f"`time` must be a nets.TimeBasis, got {time!r}")
         self.time = time
 
     @property
@@ -154,7 +159,7 @@ class Antisymmetric(Dynamics):
     """z' = sigma((K - K^T - gamma I) z + b), which turns features and neither loses nor adds any.
 
     The spectrum is imaginary, but for the diffusion gamma: rk4 and the two-step midpoint rule
-    (method="reversible_midpoint", which can be undone) are stable, Euler's method needs
+    (method="reversible_midpoint", with gradient="reversible") are stable, Euler's method needs
     gamma > 0 and h <= 2 gamma / (gamma^2 + |K - K^T|^2).
 
     Args:

@@ -71,6 +71,8 @@ class InvertibleBlock(nn.Module):
         Raises:
             SolveError: it was not reached, so the weights or y are not finite.
         """
+        if not y.numel():
+            return y
         eps = torch.finfo(y.dtype).eps
         scale, x = self.scale(), y
         tolerance = 4 * eps if tolerance is None else tolerance

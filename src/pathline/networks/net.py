@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentError, unknown
-from ..integrate import METHODS, undo
+from ..integrate import METHODS, Separable, Split, undo
 from ..integrate.adjoint import AdjointSpec
 from ..integrate.field import channels_last
+from ..integrate.imex import ImexRungeKutta
 from ..integrate.setup import GRADIENTS, Request
 from ..integrate.solve import solve
 from ..nets.time_weights import opened
@@ -30,7 +31,7 @@ class Evolution(nn.Module):
 
     Raises:
         ArgumentError: a name is not known, `steps` is no positive integer, or None for a method
-            of fixed steps.
+            of fixed steps; or dynamics, method and gradient do not fit together.
     """
 
     def __init__(
@@ -52,6 +53,22 @@ class Evolution(nn.Module):
             raise ArgumentError(f"`steps` must be a positive integer or None, got {steps!r}")
         if steps is None and not getattr(METHODS[method], "adaptive", False):
             raise ArgumentError(f"method {method!r} takes fixed steps, and needs `steps`")
+        field = dynamics.field
+        if method in ("verlet", "leapfrog") and not isinstance(field, Separable):
+            raise ArgumentError(
+                f"method {method!r} moves two halves in turn, which {type(dynamics).__name__} "
+                "does not have; use another `method`"
+            )
+        split = isinstance(METHODS[method], ImexRungeKutta)
+        if split and not isinstance(field, Split):
+            raise ArgumentError(
+                f"method {method!r} is for SemiImplicit dynamics, got {type(dynamics).__name__}"
+            )
+        if gradient == "adjoint" and (split or method in ("verlet", "leapfrog")):
+            raise ArgumentError(
+                f"`gradient='adjoint'` solves another equation backwards, which method {method!r} "
+                "can't; use gradient='checkpoint', or another `method`"
+            )
         self.dynamics, self.method, self.steps = dynamics, method, steps
         self.gradient, self.tolerance = gradient, tolerance
 
@@ -156,7 +173,7 @@ class ContinuousNet(nn.Module):
         tolerance: float = 1e-5,
     ) -> None:
         super().__init__()
-        parts = [dynamics] if isinstance(dynamics, Dynamics | Evolution) else list(dynamics)  # type: ignore[arg-type]
+        parts = [dynamics] if isinstance(dynamics, nn.Module) else list(dynamics)
         stages = [
             Evolution(part, method=method, steps=steps, gradient=gradient, tolerance=tolerance)
             if isinstance(part, Dynamics)
@@ -174,12 +191,22 @@ class ContinuousNet(nn.Module):
         """What makes this network again, as `pathline.save` and a run keep it.
 
         Raises:
-            ArgumentError: it was put together by hand.
+            ArgumentError: it was put together by hand, or changed since it was made.
         """
+        from .architectures import made_again
+
+        advice = "keep the `state_dict()` of this one, and train it without `out`"
         if self.made is None:
             raise ArgumentError(
                 "only networks made by `dense_net`, `pde_cnn`, `imexnet` or `wavelet_net` can be "
-                "saved as models; of others keep the `state_dict()`, and train them without `out`"
+                f"saved as models; {advice}"
+            )
+        own, other = _outline(self), _outline(made_again(**self.made))
+        if own != other:
+            names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+            raise ArgumentError(
+                f"the network can't be saved as a model: {names[0]!r} is not as `"
+                f"{self.made['name']}` made it; {advice}"
             )
         return self.made
 
@@ -188,7 +215,20 @@ class ContinuousNet(nn.Module):
         return self.head(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees, (batch, channels, ...)."""
+        """What the head sees, (batch, channels, ...).
+
+        Raises:
+            ArgumentError: `x` is no tensor, or not of the dtype and device of the weights.
+        """
+        if not isinstance(x, Tensor):
+            raise ArgumentError(f"`x` must be a tensor, got {type(x).__name__}")
+        like = next(self.parameters(), x)
+        differs = x.is_floating_point() and (x.dtype, x.device) != (like.dtype, like.device)
+        if differs and not torch.is_autocast_enabled(x.device.type):
+            raise ArgumentError(
+                f"`x` must be {like.dtype} on {like.device}, as the network is, got "
+                f"{x.dtype} on {x.device}"
+            )
         z = self.opening(x)
         for stage in self.stages:
             z = stage(z)
@@ -226,6 +266,17 @@ class ContinuousNet(nn.Module):
     def decay(self) -> Tensor:
         """Half of the integral of |theta(t)|^2 over the weights in time."""
         return torch.stack([part.dynamics.decay() for part in self.evolutions()]).sum()
+
+
+def _outline(net: nn.Module) -> dict[str, Any]:
+    """What its parts are and the shapes of its tensors, by name: all that decides the function."""
+    found: dict[str, Any] = {}
+    for name, part in net.named_modules():
+        if isinstance(part, Evolution):
+            found[name] = (part.method, part.steps, part.tolerance)
+        else:
+            found[name] = (type(part), part.extra_repr())
+    return found | {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 
 def _last(states: Any) -> Any:

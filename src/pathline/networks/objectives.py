@@ -55,6 +55,11 @@ class Supervised(Objective):
         other.model, other.shape = net, self.shape if shape is None else tuple(shape)
         return other
 
+    def settings(self) -> dict[str, Any]:
+        shape = None if self.shape is None else list(self.shape)
+        weights = {"smoothness": self.smoothness, "decay": self.decay, "head": self.head}
+        return {"shape": shape, **weights}
+
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(rows,) of the network's outputs and (rows, columns) of targets."""
         raise NotImplementedError
@@ -173,6 +178,10 @@ class Classification(Supervised):
             raise ArgumentError(f"`class_weights` must be at least 0, got {class_weights!r}")
         self.class_weights = None if class_weights is None else tuple(class_weights)
 
+    def settings(self) -> dict[str, Any]:
+        given = self.class_weights
+        return super().settings() | {"class_weights": None if given is None else list(given)}
+
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         labels = targets.reshape(len(outputs), *outputs.shape[2:]).long()
         factors = None if self.class_weights is None else outputs.new_tensor(self.class_weights)
@@ -247,7 +256,7 @@ class Regression(Supervised):
         if outputs[0].numel() != targets.shape[1]:
             raise ShapeError(
                 f"the network gives {outputs[0].numel()} numbers a row, and the data hold "
-                f"{targets.shape[1]} targets"
+                f"{targets.shape[1]} targets; say how many by `targets`"
             )
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:

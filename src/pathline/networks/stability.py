@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError, DataError, ShapeError, SolveWarning
+from ..errors import ArgumentError, ShapeError, SolveWarning
 from ..integrate import METHODS
-from .attacks import fgsm, pgd
+from .attacks import check_labels, fgsm, pgd
 from .net import ContinuousNet, Evolution
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class StabilityReport:
                 assert self.accuracy is not None
                 first = self.accuracy["clean"]
                 attacks[name] = (np.append(0.0, self.epsilons), np.append(first, values))
-        lines = {"random": (self.depth, self.gain), "worst": (self.depth, self.worst)}
+        lines = {"random": (self.depth, self.gain), "worst at the end": (self.depth, self.worst)}
         return stability(lines, spectra, energies, attacks)
 
 
@@ -126,8 +126,8 @@ def stability_report(
 
     Raises:
         ArgumentError: `probes` is no positive integer.
-        ShapeError: the labels are not one for each sample.
-        DataError: a label is none of the network's classes.
+        ShapeError: there is no sample, or the labels are not one for each.
+        DataError: a label is no integer, or none of the network's classes.
     """
     if not isinstance(probes, int) or probes < 1:
         raise ArgumentError(f"`probes` must be a positive integer, got {probes!r}")
@@ -135,10 +135,13 @@ def stability_report(
     for evolution in net.evolutions():
         evolution.gradient = "discrete"
     like = next(net.parameters())
-    x = x.detach().to(like)
+    x = torch.as_tensor(x).detach().to(like)
+    if not len(x):
+        raise ShapeError(f"`x` must hold at least one sample, got shape {tuple(x.shape)}")
     if labels is not None:
-        labels = labels.to(like.device)
-        _check_labels(net, x, labels)
+        labels = torch.as_tensor(labels, device=like.device)
+        with torch.no_grad():
+            check_labels(net(x), labels)
     generator = torch.Generator().manual_seed(seed)
     size = NUDGE * float(x.norm()) / max(len(x), 1) ** 0.5 or NUDGE
     with torch.no_grad():
@@ -163,15 +166,6 @@ def stability_report(
         accuracy,
         np.asarray(epsilons, dtype=float),
     )
-
-
-def _check_labels(net: ContinuousNet, x: Tensor, labels: Tensor) -> None:
-    if labels.shape != (len(x),):
-        raise ShapeError(f"`labels` must be ({len(x)},), got {tuple(labels.shape)}")
-    with torch.no_grad():
-        classes = net(x[:1]).shape[1]
-    if labels.is_floating_point() or bool(((labels < 0) | (labels >= classes)).any()):
-        raise DataError(f"`labels` must be whole numbers from 0 to {classes - 1}")
 
 
 def _flat(states: Any) -> Tensor:

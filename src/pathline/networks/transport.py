@@ -49,7 +49,7 @@ def transport_view(
 
     Raises:
         ArgumentError: the network has other stages, or the nodes do not divide its steps.
-        ShapeError: its state is not (batch, 2).
+        ShapeError: its state is not (batch, 2), or `x` is empty.
     """
     stages = list(net.stages)
     if len(stages) != 1 or not isinstance(stages[0], Evolution) or stages[0].steps is None:
@@ -60,6 +60,8 @@ def transport_view(
     if nodes < 1 or evolution.steps % nodes:
         raise ArgumentError(f"`nodes` must divide the {evolution.steps} steps, got {nodes!r}")
     dynamics = evolution.dynamics
+    if not len(x):
+        raise ShapeError(f"`x` must hold at least one input, got shape {tuple(x.shape)}")
     state = dynamics.lift(net.opening(x.to(next(net.parameters()))))
     if not isinstance(state, Tensor) or state.ndim != 2 or state.shape[1] != 2:
         got = tuple(state.shape) if isinstance(state, Tensor) else f"a pair, of {type(dynamics)}"

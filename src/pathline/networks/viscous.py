@@ -37,7 +37,8 @@ def viscous_scores(
         seed: of the noise; the same one gives the same outputs.
 
     Returns:
-        (batch, outputs...), as `net(x)` is, which it equals without viscosity.
+        (batch, outputs...), as `net(x)` is, which it equals without viscosity where the method
+        keeps nothing from step to step; others start anew after each.
 
     Raises:
         ArgumentError: a number is out of range, or the network takes adaptive steps.

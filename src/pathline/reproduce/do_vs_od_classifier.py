@@ -85,8 +85,7 @@ def run(arguments: RunArguments, size: str) -> Outcome:
 
 def network(seed: int, **how: Any) -> ContinuousNet:
     """The network of both trainings with the same weights; `how` is for `Evolution`."""
-    net = dense_net(KIND, 2, 5, width=WIDTH, steps=STEPS, time=TIME, seed=seed).double()
-    return solved(net, **how)
+    return dense_net(KIND, 2, 5, width=WIDTH, time=TIME, seed=seed, **how).double()
 
 
 def solved(net: ContinuousNet, **how: Any) -> ContinuousNet:
@@ -95,9 +94,7 @@ def solved(net: ContinuousNet, **how: Any) -> ContinuousNet:
         Evolution(stage.dynamics, **how) if isinstance(stage, Evolution) else stage
         for stage in net.stages
     ]
-    other = ContinuousNet(net.opening, stages, net.head)
-    other.made = net.made
-    return other
+    return ContinuousNet(net.opening, stages, net.head)
 
 
 @torch.no_grad()

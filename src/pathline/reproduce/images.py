@@ -31,6 +31,7 @@ LABELS = {
 PROBED = 8  # images whose perturbations are followed
 WATCHED = 2000  # images to choose the best weights by
 CHUNK = 256  # images judged at a time
+NEVER = 1000  # validations without improvement before a training stops; there are about fifty
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_pde_cnn(name: str, arguments: RunArguments, size: str) -> Outcome:
         objective = Classification(net, shape=images.shape, decay=2e-4, head=2e-4)
         part = trained(
             *(folder, kind, objective, train, validation),
-            batch_size=setting.batch, learning_rate=setting.rate, **limit,
+            batch_size=setting.batch, learning_rate=setting.rate, patience=NEVER, **limit,
         )  # fmt: skip
         few = torch.from_numpy(test[:PROBED, :-1]).view(-1, *images.shape)
         stability = stability_report(net, few)
@@ -226,6 +227,7 @@ def run_q_tips(arguments: RunArguments, size: str) -> Outcome:
         part = trained(
             *(folder, label.replace(", ", "-"), objective, _pixels(train), _pixels(validation)),
             max_steps=iterations, batch_size=8 if size == "full" else 16, learning_rate=0.01,
+            patience=NEVER,
         )  # fmt: skip
         found = _predictions(net, CONTRAST * (validation[0] - GREY))
         shown.append(found[:SHOWN] / 3)

@@ -53,6 +53,13 @@ class Objective(nn.Module):
         """CPU threads that a step with so many rows can use; None for all."""
         return None
 
+    def settings(self) -> dict[str, Any]:
+        """What decides the result beside model and data, such as weights of penalties: JSON-safe.
+
+        It is kept in config.json, and a run goes on with the same alone.
+        """
+        return {}
+
     def choices(self) -> dict[str, Any]:
         """What was chosen automatically, in words, for config.json."""
         return {}

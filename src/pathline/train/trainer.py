@@ -139,7 +139,7 @@ class Trainer:
         tensorboard: bool,
         metadata: dict[str, Any],
     ) -> Run:
-        """Train, and leave the best weights in the objective's model."""
+        """Train, and leave the best weights in the objective's model, in evaluation mode."""
         self.started = time.perf_counter()
         self.folder, self.metadata = folder, metadata
         self.threads = torch.get_num_threads()
@@ -152,7 +152,7 @@ class Trainer:
         found = files.read_checkpoint(folder / CHECKPOINT) if folder and resume else None
         if found:
             self._check_same_run(config)
-        self.objective.to(self.fabric.device)
+        self.objective.to(self.fabric.device).train()
         if not found:
             self.objective.prepare(self.rows, self.generator)
         self.optimizers = []
@@ -185,6 +185,7 @@ class Trainer:
         ):
             interrupted = self._loop()
         self.objective.model.load_state_dict(self.best)
+        self.objective.eval()
         metrics = {} if interrupted else self._finish()
         self.objective.to(home)
         if interrupted:
@@ -495,6 +496,7 @@ class Trainer:
         model = self.objective.model
         return {
             "model": {"kind": type(model).__name__, **_configuration(model)},
+            "objective": self.objective.settings(),
             "settings": asdict(self.settings),
             "data": {
                 "rows": len(self.rows),
@@ -519,14 +521,14 @@ class Trainer:
     def _check_same_run(self, config: dict[str, Any]) -> None:
         assert self.folder
         before = files.read_json(self.folder / "config.json")
-        for part in ("model", "settings", "data"):
+        for part in ("model", "objective", "settings", "data"):
             for name, value in config[part].items():
                 old = before.get(part, {}).get(name)
                 if value is None and name in ("max_steps", "budget"):
                     continue  # the checkpoint knows the number of steps
                 if old != value:
                     raise ArgumentError(
-                        f"the run in {self.folder} was started with another {part} {name}: "
+                        f"the run in {self.folder} was started with another {name} of its {part}: "
                         f"{old!r}, now {value!r}; --overwrite starts again"
                     )
 
