@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "filters.hpp"
 #include "kernel.hpp"
 #include "norms.hpp"
 
@@ -28,12 +30,15 @@ struct Isa {
     const Kernel<double> &twofold;
     const Norm<float> &norm_single;
     const Norm<double> &norm_twofold;
+    const Filter<float> &filter_single;
+    const Filter<double> &filter_twofold;
     bool (*runs)();
 };
 
 const Isa isas[] = {
 #ifdef PATHLINE_HAS_X86_VARIANTS
     {"avx512", avx512::single, avx512::twofold, avx512::norm_single, avx512::norm_twofold,
+     avx512::filter_single, avx512::filter_twofold,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -41,13 +46,14 @@ const Isa isas[] = {
                 __builtin_cpu_supports("bmi2");
      }},
     {"avx2", avx2::single, avx2::twofold, avx2::norm_single, avx2::norm_twofold,
+     avx2::filter_single, avx2::filter_twofold,
      [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
      }},
 #endif
     {"baseline", baseline::single, baseline::twofold, baseline::norm_single, baseline::norm_twofold,
-     [] { return true; }},
+     baseline::filter_single, baseline::filter_twofold, [] { return true; }},
 };
 
 const Isa *chosen = nullptr;
@@ -65,6 +71,8 @@ const Kernel<float> &kernel(float) { return chosen->single; }
 const Kernel<double> &kernel(double) { return chosen->twofold; }
 const Norm<float> &norm(float) { return chosen->norm_single; }
 const Norm<double> &norm(double) { return chosen->norm_twofold; }
+const Filter<float> &filter(float) { return chosen->filter_single; }
+const Filter<double> &filter(double) { return chosen->filter_twofold; }
 
 // work(i) for i from 0 to count, by a thread each
 template <class Work>
@@ -248,6 +256,55 @@ void define_norm(nb::module_ &m, const char *name) {
           nb::arg("d_bias") = 0);
 }
 
+// cos and sin of 2 pi j k / n for j and k from 0 to n / 2, as in filters.hpp
+template <class T>
+struct Waves {
+    std::vector<T> cosines, sines;
+
+    explicit Waves(std::ptrdiff_t n) {
+        const std::ptrdiff_t most = n / 2 + 1;
+        for (std::ptrdiff_t j = 0; j < most; ++j)
+            for (std::ptrdiff_t k = 0; k < most; ++k) {
+                const double angle = 6.283185307179586477 * double(j * k % n) / double(n);
+                cosines.push_back(T(std::cos(angle)));
+                sines.push_back(T(std::sin(angle)));
+            }
+    }
+};
+
+// Channels among threads, as whole registers of them: the bits are the same for any number.
+template <class T>
+void filter_images(std::ptrdiff_t images, std::ptrdiff_t height, std::ptrdiff_t width,
+                   std::ptrdiff_t channels, int threads, Address x, Address factors, Address y,
+                   Address with, Address products) {
+    auto in = [](Address address) { return reinterpret_cast<const T *>(address); };
+    auto out = [](Address address) { return reinterpret_cast<T *>(address); };
+    nb::gil_scoped_release release;
+    const Filter<T> &filter = pathline::filter(T());
+    const Waves<T> down(height), across(width);
+    const FilterTask<T> task{images, height, width, channels, in(x), in(factors), out(y), in(with),
+                             out(products), down.cosines.data(), down.sines.data(),
+                             across.cosines.data(), across.sines.data()};
+    const std::ptrdiff_t shares = (channels + filter.lanes - 1) / filter.lanes;
+    const std::ptrdiff_t most = std::max<std::ptrdiff_t>(
+        std::min(shares, images * height * width * channels / NUMBERS), 1);
+    const std::ptrdiff_t count = std::clamp<std::ptrdiff_t>(threads, 1, most);
+    among(count, [&](std::ptrdiff_t thread) {
+        void *memory = workspaces.take(filter.workspace(task));
+        const std::ptrdiff_t first = shares * thread / count * filter.lanes;
+        const std::ptrdiff_t last = shares * (thread + 1) / count * filter.lanes;
+        filter.run(task, first, std::min(last, channels), memory);
+        workspaces.give(memory);
+    });
+}
+
+template <class T>
+void define_filter(nb::module_ &m, const char *name) {
+    m.def(name, &filter_images<T>, nb::arg("images"), nb::arg("height"), nb::arg("width"),
+          nb::arg("channels"), nb::arg("threads"), nb::arg("x"), nb::arg("factors"), nb::arg("y"),
+          nb::arg("with_") = 0, nb::arg("products") = 0);
+}
+
 template <class T>
 void define(nb::module_ &m) {
     auto array = [](const char *name) { return nb::arg(name).noconvert().none() = nb::none(); };
@@ -265,11 +322,13 @@ void define(nb::module_ &m) {
 NB_MODULE(_kernel, m) {
     using namespace pathline;
     choose(nullptr);
-    m.doc() = "Rollouts of small potentials, and norms of channels; see kernel.hpp and norms.hpp.";
+    m.doc() = "Rollouts of small potentials, norms of channels, filters of images; see the headers.";
     define<float>(m);
     define<double>(m);
     define_norm<float>(m, "channel_norm_single");
     define_norm<double>(m, "channel_norm_twofold");
+    define_filter<float>(m, "filter_single");
+    define_filter<double>(m, "filter_twofold");
     m.def("isa", [] { return chosen->name; }, "The instruction set in use.");
     m.def("use", &choose, "Use another instruction set: for tests.");
     m.def("isas", [] {

@@ -12,33 +12,12 @@ namespace {
 
 constexpr int BLOCK = 16;  // rows that stay in the cache between the passes over them
 
-template <class T, int L>
-struct Some {
-    using V __attribute__((vector_size(L * sizeof(T)))) = T;
-};
-template <class T>
-struct Some<T, 1> {
-    using V = T;
-};
-
 // f(V{}, j) for vectors V that cover channels 0 to n: whole registers, then halves of halves.
 template <class T, int L = width_of<T>, class F>
 __attribute__((always_inline)) inline void each(Index n, const F &f, Index j = 0) {
     for (; j + L <= n; j += L) f(typename Some<T, L>::V{}, j);
     if constexpr (L > 1)
         if (j < n) each<T, L / 2>(n, f, j);
-}
-
-template <class V, class T>
-inline V load(const T *from) {
-    V value;
-    __builtin_memcpy(&value, from, sizeof(V));
-    return value;
-}
-
-template <class V, class T>
-inline void store(const V &value, T *to) {
-    __builtin_memcpy(to, &value, sizeof(V));
 }
 
 // The sum of the lanes, halves upon halves

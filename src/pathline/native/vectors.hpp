@@ -33,6 +33,28 @@ inline Vec<T> all(T value) {
     return value - Vec<T>{};
 }
 
+// V is a vector of L numbers.
+template <class T, int L>
+struct Some {
+    using V __attribute__((vector_size(L * sizeof(T)))) = T;
+};
+template <class T>
+struct Some<T, 1> {
+    using V = T;
+};
+
+template <class V, class T>
+inline V load(const T *from) {
+    V value;
+    __builtin_memcpy(&value, from, sizeof(V));
+    return value;
+}
+
+template <class V, class T>
+inline void store(const V &value, T *to) {
+    __builtin_memcpy(to, &value, sizeof(V));
+}
+
 }  // namespace
 }  // namespace PATHLINE_ISA
 }  // namespace pathline
