@@ -77,19 +77,25 @@ def thread_count() -> int:
 def knows(*tensors: Tensor) -> bool:
     """Whether the kernel can read these tensors, in a computation that is one of numbers alone."""
     dtype = tensors[0].dtype
-    if (
-        _off
-        or dtype not in (torch.float32, torch.float64)
-        or not all(t.dtype == dtype and t.is_cpu and _numbers(t) for t in tensors)
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    if _kernel is None:
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(t.dtype == dtype and t.is_cpu and _numbers(t) for t in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def ready() -> bool:
+    """Whether the kernel is there and not switched off; asked last, since it says what is missing.
+
+    Warns:
+        KernelWarning: it is not installed; once.
+    """
+    if _kernel is None and not _off:
         _say_so()
-    return _kernel is not None
+    return _kernel is not None and not _off
 
 
 def _numbers(t: Tensor) -> bool:

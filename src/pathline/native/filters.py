@@ -23,6 +23,7 @@ def can_serve(z: Tensor, factors: Tensor) -> bool:
         and z.is_contiguous(memory_format=torch.channels_last)
         and 0 < min(z.shape) <= max(z.shape[2:]) <= LARGEST
         and factors.shape == (z.shape[1], z.shape[2], z.shape[3] // 2 + 1)
+        and native.ready()
     )
 
 

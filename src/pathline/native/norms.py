@@ -20,6 +20,7 @@ def can_serve(z: Tensor, scale: Tensor, bias: Tensor) -> bool:
         and scale.shape == bias.shape == z.shape[1:2]
         and scale.is_contiguous()
         and bias.is_contiguous()
+        and native.ready()
     )
 
 

@@ -50,6 +50,7 @@ def can_serve(potential: object, x: Tensor, context: Tensor | None) -> TypeGuard
         type(potential) is Potential
         and _plainly_parametrised(potential)
         and native.knows(potential.w, *tensors)
+        and native.ready()
     )
 
 
