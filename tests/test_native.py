@@ -13,6 +13,7 @@ from pathline.control import Adjoint, rollout
 from pathline.control.rollout import kernel_serves
 from pathline.errors import ArgumentError, ShapeError
 from pathline.flows import OTFlow, Transport
+from pathline.native import rollouts
 from plain import random_potential
 
 pytestmark = pytest.mark.skipif(
@@ -217,14 +218,14 @@ def test_large_arguments_do_not_overflow():
 
 def test_serves_only_what_it_knows():
     potential, x, _ = case((2, 5, 2, 0), torch.float32)
-    assert native.can_serve(potential, x, None)
-    assert not native.can_serve(potential, x.double(), None)
-    assert not native.can_serve(nn.Linear(2, 1), x, None)
+    assert rollouts.can_serve(potential, x, None)
+    assert not rollouts.can_serve(potential, x.double(), None)
+    assert not rollouts.can_serve(nn.Linear(2, 1), x, None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not native.can_serve(potential, x, None)
+        assert not rollouts.can_serve(potential, x, None)
     with native.using(None):
-        assert not native.can_serve(potential, x, None)
-    assert native.can_serve(potential, x, None)
+        assert not rollouts.can_serve(potential, x, None)
+    assert rollouts.can_serve(potential, x, None)
 
 
 def test_what_others_measure_is_not_the_kernel():

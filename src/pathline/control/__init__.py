@@ -1,6 +1,6 @@
 """Optimal control: problems, particles under the feedback of a value function, and policies."""
 
-from ..native import Adjoint as Adjoint
+from ..native.rollouts import Adjoint as Adjoint
 from .check import ProblemCheck as ProblemCheck
 from .interaction import Interaction as Interaction
 from .judge import PolicyCheck as PolicyCheck

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import native
 from ..errors import ArgumentError, ShapeError
 from ..integrate import march, time_nodes
-from ..native import Adjoint
+from ..native import rollouts
+from ..native.rollouts import Adjoint
 from ..nets import AutodiffPotential, Derivatives, Potential
 from .interaction import Tally
 from .problem import Problem
@@ -119,8 +120,8 @@ def rollout(
         and not trajectory
         and kernel_serves(potential, problem, x, context, trace_dtype)
     ):
-        path = native.Path(potential, steps, start, stop, integrals, probe, adjoint)
-        results = native.rollout(path, x, context, plain)
+        path = rollouts.Path(potential, steps, start, stop, integrals, probe, adjoint)
+        results = rollouts.rollout(path, x, context, plain)
         return Rollout(*results)
     log_det_adjoint = None if adjoint is None else adjoint.log_det
     return plain(
@@ -144,7 +145,7 @@ def kernel_serves(
     return (
         problem.is_transport
         and trace_dtype is None
-        and native.can_serve(potential, x, context)
+        and rollouts.can_serve(potential, x, context)
         and potential.width <= KERNEL_WIDTH[native.instruction_set()]
     )
 

@@ -7,21 +7,11 @@
 // Laplacian; the gradient of the rollout is the discrete adjoint of its Runge-Kutta steps.
 
 #include "kernel.hpp"
-
-#if defined(PATHLINE_BYTES)  // of a vector register
-#elif defined(__AVX512F__)
-#define PATHLINE_BYTES 64
-#elif defined(__AVX__)
-#define PATHLINE_BYTES 32
-#else
-#define PATHLINE_BYTES 16
-#endif
+#include "vectors.hpp"
 
 namespace pathline {
 namespace PATHLINE_ISA {
 namespace {
-
-using Index = std::ptrdiff_t;
 
 // Vectors -------------------------------------------------------------------------------------
 
@@ -44,24 +34,10 @@ struct Lanes<double> {
     static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
 };
 
-#if defined(__GNUC__)
-template <class T>
-using Vec __attribute__((vector_size(PATHLINE_BYTES))) = T;
 template <class T>
 using BitsOf __attribute__((vector_size(PATHLINE_BYTES))) = typename Lanes<T>::Bits;
-#else
-#error "the kernel needs the vector types of GCC or Clang"
-#endif
-
-template <class T>
-constexpr int width_of = PATHLINE_BYTES / sizeof(T);
 constexpr int NV = PATHLINE_BYTES == 64 ? 2 : 4;  // vectors of a tile: what the registers hold
 constexpr int RB = PATHLINE_BYTES == 64 ? 8 : 2;  // rows of a product at once
-
-template <class T>
-inline Vec<T> all(T value) {
-    return value - Vec<T>{};
-}
 
 template <class T>
 inline Vec<T> absolute(Vec<T> x) {

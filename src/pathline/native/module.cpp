@@ -5,6 +5,8 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -13,7 +15,9 @@
 #include <thread>
 #include <vector>
 
+#include "filters.hpp"
 #include "kernel.hpp"
+#include "norms.hpp"
 
 namespace nb = nanobind;
 
@@ -24,25 +28,32 @@ struct Isa {
     const char *name;
     const Kernel<float> &single;
     const Kernel<double> &twofold;
+    const Norm<float> &norm_single;
+    const Norm<double> &norm_twofold;
+    const Filter<float> &filter_single;
+    const Filter<double> &filter_twofold;
     bool (*runs)();
 };
 
 const Isa isas[] = {
 #ifdef PATHLINE_HAS_X86_VARIANTS
-    {"avx512", avx512::single, avx512::twofold,
+    {"avx512", avx512::single, avx512::twofold, avx512::norm_single, avx512::norm_twofold,
+     avx512::filter_single, avx512::filter_twofold,
      [] {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("bmi2");
      }},
-    {"avx2", avx2::single, avx2::twofold,
+    {"avx2", avx2::single, avx2::twofold, avx2::norm_single, avx2::norm_twofold,
+     avx2::filter_single, avx2::filter_twofold,
      [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
      }},
 #endif
-    {"baseline", baseline::single, baseline::twofold, [] { return true; }},
+    {"baseline", baseline::single, baseline::twofold, baseline::norm_single, baseline::norm_twofold,
+     baseline::filter_single, baseline::filter_twofold, [] { return true; }},
 };
 
 const Isa *chosen = nullptr;
@@ -58,6 +69,19 @@ void choose(const char *name) {
 
 const Kernel<float> &kernel(float) { return chosen->single; }
 const Kernel<double> &kernel(double) { return chosen->twofold; }
+const Norm<float> &norm(float) { return chosen->norm_single; }
+const Norm<double> &norm(double) { return chosen->norm_twofold; }
+const Filter<float> &filter(float) { return chosen->filter_single; }
+const Filter<double> &filter(double) { return chosen->filter_twofold; }
+
+// work(i) for i from 0 to count, by a thread each
+template <class Work>
+void among(std::ptrdiff_t count, const Work &work) {
+    std::vector<std::thread> others;
+    for (std::ptrdiff_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
+    work(0);
+    for (std::thread &other : others) other.join();
+}
 
 // Memory that stays between calls: to map and clear it anew would take longer than small steps.
 class Workspaces {
@@ -123,10 +147,7 @@ void run(const Task<T> &task, int threads) {
         }
         workspaces.give(memory);
     };
-    std::vector<std::thread> others;
-    for (std::ptrdiff_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
-    work(0);
-    for (std::thread &other : others) other.join();
+    among(count, work);
     for (const std::vector<T> &sum : sums)
         for (std::size_t k = 0; k < size; ++k) task.d_theta[k] += sum[k];
 }
@@ -184,6 +205,106 @@ void rollout(int dim, int context_dim, int width, int depth, int rank, int steps
     run<T>(task, threads);
 }
 
+constexpr std::ptrdiff_t ROWS = 256;       // with sums of their own
+constexpr std::ptrdiff_t NUMBERS = 1 << 18;  // less is not worth a thread
+
+// Rows among threads; as above the bits are the same for any number of them.
+template <class T>
+void run(const NormTask<T> &task, T *d_scale, T *d_bias, int threads) {
+    const Norm<T> &norm = pathline::norm(T());
+    const std::ptrdiff_t n = task.channels, tiles = (task.rows + ROWS - 1) / ROWS;
+    const std::ptrdiff_t most = std::max<std::ptrdiff_t>(task.rows * n / NUMBERS, 1);
+    const std::ptrdiff_t count = std::clamp<std::ptrdiff_t>(threads, 1, most);
+    std::vector<T> sums(d_scale ? tiles * 2 * n : 0);
+    among(count, [&](std::ptrdiff_t thread) {
+        for (auto i = tiles * thread / count; i < tiles * (thread + 1) / count; ++i) {
+            const std::ptrdiff_t first = i * ROWS, last = std::min(first + ROWS, task.rows);
+            if (d_scale) norm.backward(task, first, last, sums.data() + i * 2 * n);
+            else norm.forward(task, first, last);
+        }
+    });
+    for (std::ptrdiff_t j = 0; d_scale && j < n; ++j) {
+        double scale = 0, bias = 0;
+        for (std::ptrdiff_t i = 0; i < tiles; ++i) {
+            scale += sums[(2 * i) * n + j];
+            bias += sums[(2 * i + 1) * n + j];
+        }
+        d_scale[j] = T(scale), d_bias[j] = T(bias);
+    }
+}
+
+// Arrays come by address, since arrays of nanobind would take longer than small norms.
+using Address = std::uintptr_t;
+
+template <class T>
+void channel_norm(std::ptrdiff_t rows, std::ptrdiff_t channels, double small, bool relu, int threads,
+                  Address z, Address scale, Address bias, Address y, Address d_y, Address d_z,
+                  Address d_scale, Address d_bias) {
+    auto in = [](Address address) { return reinterpret_cast<const T *>(address); };
+    auto out = [](Address address) { return reinterpret_cast<T *>(address); };
+    NormTask<T> task{rows,    channels,  T(small), relu,   in(z), in(scale),
+                     in(bias), out(y), in(d_y),  out(d_z)};
+    nb::gil_scoped_release release;
+    run<T>(task, out(d_scale), out(d_bias), threads);
+}
+
+template <class T>
+void define_norm(nb::module_ &m, const char *name) {
+    m.def(name, &channel_norm<T>, nb::arg("rows"), nb::arg("channels"), nb::arg("small"),
+          nb::arg("relu"), nb::arg("threads"), nb::arg("z"), nb::arg("scale"), nb::arg("bias"),
+          nb::arg("y") = 0, nb::arg("d_y") = 0, nb::arg("d_z") = 0, nb::arg("d_scale") = 0,
+          nb::arg("d_bias") = 0);
+}
+
+// cos and sin of 2 pi j k / n for j and k from 0 to n / 2, as in filters.hpp
+template <class T>
+struct Waves {
+    std::vector<T> cosines, sines;
+
+    explicit Waves(std::ptrdiff_t n) {
+        const std::ptrdiff_t most = n / 2 + 1;
+        for (std::ptrdiff_t j = 0; j < most; ++j)
+            for (std::ptrdiff_t k = 0; k < most; ++k) {
+                const double angle = 6.283185307179586477 * double(j * k % n) / double(n);
+                cosines.push_back(T(std::cos(angle)));
+                sines.push_back(T(std::sin(angle)));
+            }
+    }
+};
+
+// Channels among threads, as whole registers of them: the bits are the same for any number.
+template <class T>
+void filter_images(std::ptrdiff_t images, std::ptrdiff_t height, std::ptrdiff_t width,
+                   std::ptrdiff_t channels, int threads, Address x, Address factors, Address y,
+                   Address with, Address products) {
+    auto in = [](Address address) { return reinterpret_cast<const T *>(address); };
+    auto out = [](Address address) { return reinterpret_cast<T *>(address); };
+    nb::gil_scoped_release release;
+    const Filter<T> &filter = pathline::filter(T());
+    const Waves<T> down(height), across(width);
+    const FilterTask<T> task{images, height, width, channels, in(x), in(factors), out(y), in(with),
+                             out(products), down.cosines.data(), down.sines.data(),
+                             across.cosines.data(), across.sines.data()};
+    const std::ptrdiff_t shares = (channels + filter.lanes - 1) / filter.lanes;
+    const std::ptrdiff_t most = std::max<std::ptrdiff_t>(
+        std::min(shares, images * height * width * channels / NUMBERS), 1);
+    const std::ptrdiff_t count = std::clamp<std::ptrdiff_t>(threads, 1, most);
+    among(count, [&](std::ptrdiff_t thread) {
+        void *memory = workspaces.take(filter.workspace(task));
+        const std::ptrdiff_t first = shares * thread / count * filter.lanes;
+        const std::ptrdiff_t last = shares * (thread + 1) / count * filter.lanes;
+        filter.run(task, first, std::min(last, channels), memory);
+        workspaces.give(memory);
+    });
+}
+
+template <class T>
+void define_filter(nb::module_ &m, const char *name) {
+    m.def(name, &filter_images<T>, nb::arg("images"), nb::arg("height"), nb::arg("width"),
+          nb::arg("channels"), nb::arg("threads"), nb::arg("x"), nb::arg("factors"), nb::arg("y"),
+          nb::arg("with_") = 0, nb::arg("products") = 0);
+}
+
 template <class T>
 void define(nb::module_ &m) {
     auto array = [](const char *name) { return nb::arg(name).noconvert().none() = nb::none(); };
@@ -201,9 +322,13 @@ void define(nb::module_ &m) {
 NB_MODULE(_kernel, m) {
     using namespace pathline;
     choose(nullptr);
-    m.doc() = "Rollouts of small potentials and their gradients; see kernel.hpp.";
+    m.doc() = "Rollouts of small potentials, norms of channels, filters of images; see the headers.";
     define<float>(m);
     define<double>(m);
+    define_norm<float>(m, "channel_norm_single");
+    define_norm<double>(m, "channel_norm_twofold");
+    define_filter<float>(m, "filter_single");
+    define_filter<double>(m, "filter_twofold");
     m.def("isa", [] { return chosen->name; }, "The instruction set in use.");
     m.def("use", &choose, "Use another instruction set: for tests.");
     m.def("isas", [] {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError, unknown
+from ..native import norms
 from .operators import Operator
 
 SMALL = 1e-4  # beside the squares of the features at a pixel
@@ -59,9 +60,14 @@ class ChannelNorm(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), float(scale)))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, *, relu: bool = False) -> Tensor:
+        """Like z, (batch, channels, ...); where `relu`, its maximum with 0."""
+        scale, bias = self.scale, self.bias
+        if norms.can_serve(z, scale, bias):
+            return norms.channel_norm(z, scale, bias, small=SMALL, relu=relu)
         inverse = (z.square().sum(1, keepdim=True) + SMALL).rsqrt()
-        return (z * inverse * per_channel(self.scale, z)).add_(per_channel(self.bias, z))
+        y = (z * inverse * per_channel(scale, z)).add_(per_channel(bias, z))
+        return y.relu_() if relu else y
 
 
 class Layer(nn.Module):
@@ -99,6 +105,12 @@ class Layer(nn.Module):
         assert self.bias is not None
         return y + per_channel(self.bias, y)
 
+    def activated(self, y: Tensor) -> Tensor:
+        """sigma of y = K z with the bias added, or normalised."""
+        if self.norm is not None and self.activation == "relu":
+            return self.norm(y, relu=True)
+        return self.sigma.inplace(self.shifted(y))
+
     def extra_repr(self) -> str:
         return self.activation
 
@@ -109,7 +121,7 @@ class ResidualLayer(Layer):
     def forward(self, z: Tensor, *, adjoint: bool = False) -> Tensor:
         """sigma(K z + b), or sigma(K^T z + b) where `adjoint`."""
         y = self.operator.adjoint(z) if adjoint else self.operator(z)
-        return self.sigma.inplace(self.shifted(y))
+        return self.activated(y)
 
 
 class AntisymmetricLayer(Layer):
@@ -134,7 +146,7 @@ class AntisymmetricLayer(Layer):
 
     def forward(self, z: Tensor) -> Tensor:
         y = self.operator(z) - self.operator.adjoint(z)
-        return self.sigma.inplace(self.shifted(y - self.gamma * z if self.gamma else y))
+        return self.activated(y - self.gamma * z if self.gamma else y)
 
 
 class SymmetricLayer(Layer):
@@ -149,7 +161,7 @@ class SymmetricLayer(Layer):
 
     def forward(self, z: Tensor, *, ascent: bool = False) -> Tensor:
         """v(z), or -v(z) where `ascent`."""
-        y = self.sigma.inplace(self.shifted(self.operator(z)))
+        y = self.activated(self.operator(z))
         return self.operator.adjoint(y) if ascent else self.operator.minus_adjoint(y)
 
     def potential(self, z: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError
 from ..integrate import Split
+from ..native import filters
 from ..nets import TimeWeights
 from .dynamics import Dynamics
 
@@ -154,6 +155,8 @@ class MinusL:
         if self.boundary == "reflecting":
             rows, columns = cosines(height, z), cosines(width, z)
             return rows.mT @ (factors * (rows @ z @ columns.mT)) @ columns
+        if filters.can_serve(z, factors):
+            return filters.filtered(z, factors)
         # One axis after the other, for small images; and it is the factors that are scaled.
         waves = torch.fft.fft(torch.fft.rfft(z), dim=2)
         waves = waves * (factors / (height * width))
