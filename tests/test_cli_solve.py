@@ -73,7 +73,7 @@ def test_resume_knows_its_steps(run, capsys):
     assert main([*arguments, "--out", str(run), "--resume", "--no-baseline", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["steps"] == 5
-    refused(capsys, [*arguments, "--dim", "3", "--out", str(run), "--resume"], "another model")
+    refused(capsys, [*arguments, "--dim", "3", "--out", str(run), "--resume"], "of its model")
 
 
 def test_a_folder_in_use(run, tmp_path, capsys):

@@ -232,6 +232,8 @@ def test_errors_of_levels(tmp_path):
     objective = Classification(dense_net("residual", 2, 2, width=4, steps=2))
     with pytest.raises(ArgumentError, match="`levels`"):
         multilevel(objective, [], climb, rows())
+    with pytest.raises(ArgumentError, match=r"must be `Level`s, got \[3, 3\]"):
+        multilevel(objective, [3, 3], climb, rows())
     with pytest.raises(ArgumentError, match="Level"):
         multilevel(objective, [Level(1)], climb, rows(), max_steps=3)
     with pytest.raises(ArgumentError, match="`resume` needs `out`"):

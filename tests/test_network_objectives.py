@@ -70,8 +70,7 @@ def test_images_by_their_shape():
     objective = Classification(net, shape=(1, 6, 4))
     run = pl.fit(objective, (x.flatten(1), y), max_steps=60, batch_size=64, progress=False)
     assert run.metrics["accuracy"] > 0.8
-    assert net.training
-    net.eval()
+    assert not net.training
     rows = torch.cat([x.flatten(1), y], 1).double()
     judged = objective.validate(rows)
     assert_close(judged, nn.functional.cross_entropy(net(x), y[:, 0].long(), reduction="none"))

@@ -560,6 +560,7 @@ def test_saves_and_loads():
         (lambda: Evolution(Residual(Dense(2)), steps=None), "'euler' takes fixed steps"),
         (lambda: ContinuousNet(None, [nn.Linear(2, 2)], None), "at least one Dynamics"),
         (lambda: ContinuousNet(None, nn.Linear(2, 2), None), "at least one Dynamics"),
+        (lambda: Residual(nn.Linear(2, 2)), "`operator` must be a nets.Operator, such as Dense"),
         (lambda: Residual(Dense(2), "legendre"), "`time` must be a nets.TimeBasis, got 'legendre'"),
         (lambda: Evolution(Residual(Dense(2)), method="verlet"), "halves in turn, which Residual"),
         (lambda: Evolution(Residual(Dense(2)), method="imex_euler"), "is for SemiImplicit"),

@@ -179,9 +179,7 @@ def test_errors():
         stability_report(net, x, torch.zeros(4, 1, dtype=torch.long))
     with pytest.raises(DataError, match="whole numbers from 0 to 1, got 0 to 2"):
         stability_report(net, x, torch.tensor([0, 1, 2, 0]))
-    with pytest.raises(
-        DataError, match=r"of dtype torch\.int64, got torch\.bool"
-    ):
+    with pytest.raises(DataError, match=r"of dtype torch\.int64, got torch\.bool"):
         stability_report(net, x, torch.tensor([False, True, True, False]))
     with pytest.raises(ShapeError, match="`x` must hold at least one sample"):
         stability_report(net, x[:0])

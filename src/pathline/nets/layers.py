@@ -79,13 +79,18 @@ class Layer(nn.Module):
         norm: have a `ChannelNorm` of K z in place of the bias.
 
     Raises:
-        ArgumentError: the activation is not known, or K is not square where it must be.
+        ArgumentError: K is no `Operator`, or not square where it must be, or the activation is
+            not known.
     """
 
     square = True
 
     def __init__(self, operator: Operator, *, activation: str = "tanh", norm: bool = False) -> None:
         super().__init__()
+        if not isinstance(operator, Operator):
+            raise ArgumentError(
+                f"`operator` must be a nets.Operator, such as Dense or Conv, got {operator!r}"
+            )
         if activation not in ACTIVATIONS:
             raise ArgumentError(unknown("`activation`", str(activation), ACTIVATIONS))
         if self.square and operator.inputs != operator.outputs:

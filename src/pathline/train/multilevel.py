@@ -87,13 +87,16 @@ def multilevel(
         A `MultilevelRun`. Validations are not counted as work.
 
     Raises:
-        ArgumentError: there are no levels, or `resume` comes without `out`; else as in `fit`.
+        ArgumentError: there are no levels, or others than `Level`s, or `resume` comes without
+            `out`; else as in `fit`.
 
     Source: Haber, Ruthotto, Holtham, Learning across scales, AAAI 2018, arXiv 1703.02009; Chang et
     al., Multi-level residual networks from dynamical systems view, ICLR 2018, arXiv 1710.10348.
     """
     if not levels:
         raise ArgumentError("`levels` must be at least one, got none")
+    if not all(isinstance(level, Level) for level in levels):
+        raise ArgumentError(f"`levels` must be `Level`s, got {levels!r}")
     if "max_steps" in options or "budget" in options:
         raise ArgumentError("`max_steps` and `budget` are those of the levels: use `Level(steps=)`")
     if resume and out is None:
