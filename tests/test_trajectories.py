@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
 from torch import nn
 
 import pathline as pl
@@ -24,7 +25,7 @@ from pathline.networks import (
     fit_trajectories,
     windows,
 )
-from pathline.networks.forecasts import solutions
+from pathline.networks.forecasts import log_densities, solutions
 from pathline.reproduce.do_vs_od import spiral
 from pathline.train import Rows
 
@@ -266,6 +267,34 @@ def test_saved_and_loaded(fitted, tmp_path):
     (tmp_path / "model" / "series.safetensors").unlink()
     with pytest.raises(ModelError, match=r"series\.safetensors does not exist"):
         TrajectoryRegressor.load(tmp_path / "model")
+
+
+def test_series_beside_a_model(tmp_path):
+    """Whatever the groups are; NumPy's numbers are parameters, too."""
+    t, y = np.tile(np.arange(6.0), 2), np.arange(12.0) % 5
+    for i, groups in enumerate((["b", "a"], [7, 3], [0.5, 0.25], [True, False])):
+        model = TrajectoryRegressor(
+            members=np.int64(1), width=2, periods=np.array([3, 4]), max_steps=1, random_state=0
+        ).fit(t, y, np.repeat(groups, 6))
+        model.save(tmp_path / str(i))
+        again = TrajectoryRegressor.load(tmp_path / str(i))
+        assert again.series_.ids.tolist() == groups
+        asked = ([7.0, 8.0], [groups[1], groups[0]])
+        np.testing.assert_array_equal(model.forecast(*asked).mean, again.forecast(*asked).mean)
+
+
+def test_score(fitted):
+    """The mean density of rows given those before them, by which a search can choose."""
+    t, y, groups = ragged(seed=5, count=6)
+    each = log_densities(fitted.net_, Series.of(t, y, groups))
+    assert np.isnan(each).sum() == 6
+    assert fitted.score(t, y, groups) == pytest.approx(np.nanmean(each), rel=1e-12)
+    assert fitted.score(t, y + 1, groups) < fitted.score(t, y, groups)
+    t = np.arange(60.0)
+    model = TrajectoryRegressor(members=1, width=4, max_steps=4, random_state=0)
+    search = GridSearchCV(model, {"window": [2, 5]}, cv=TimeSeriesSplit(2)).fit(t, np.sin(t))
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_estimator_.forecast([61.0]).mean.shape == (1,)
 
 
 def test_units_and_seed():
