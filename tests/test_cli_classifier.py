@@ -103,6 +103,12 @@ def test_numbers_as_classes(tmp_path):
     out = tmp_path / "p.npy"
     assert main(["predict", run, str(tmp_path / "d.npz"), "--out", str(out)]) == 0
     assert set(np.load(out)[:, 0]) <= {0.0, 2.0}
+    out = tmp_path / "p.csv"
+    assert main(["predict", run, str(tmp_path / "d.npz"), "--out", str(out)]) == 0
+    head, *lines = out.read_text().splitlines()
+    assert head == "y,p(0),p(2)"
+    assert {line.split(",")[0] for line in lines} <= {"0", "2"}  # and no floats
+    assert "and how 8 rows fare" in Path(run, "report.html").read_text()  # a tenth is held out
 
 
 def test_bad_input(folder, tmp_path, capsys):

@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import expm
 
 import pathline as pl
@@ -130,6 +134,56 @@ def test_a_single_series_of_numbers(tmp_path):
     assert read_table(tmp_path / "f.npy").values[:, 0].tolist() == [40.0, 41.0, 42.0]
 
 
+def test_numbers_as_groups(tmp_path):
+    """They come back as they were; so do times, without the rounding errors of sums."""
+    lines = [f"{k / 10!r},{g},{float(np.sin(k))!r}" for g in (7, 12) for k in range(12)]
+    (tmp_path / "s.csv").write_text("\n".join(["t,g,x", *lines]) + "\n")
+    run, out = str(tmp_path / "run"), tmp_path / "f.csv"
+    fit = ["fit", "dynamics", str(tmp_path / "s.csv"), "--time", "t", "--group", "g", *TINY]
+    assert main([*fit, "--max-steps", "2", "--out", run]) == 0
+    assert main(["forecast", run, "-n", "5", "--out", str(out)]) == 0
+    found = [line.split(",")[:2] for line in out.read_text().splitlines()[1:]]
+    times = ["1.2", "1.3", "1.4", "1.5", "1.6"]
+    assert found == [[g, t] for g in ("7", "12") for t in times]
+    assert main(["score", run, str(tmp_path / "s.csv"), "--out", str(out)]) == 0
+    assert {line.split(",")[0] for line in out.read_text().splitlines()[1:]} == {"7", "12"}
+
+
+KILLED = """
+import os, signal, sys
+from pathline.cli import main
+from pathline.train import trainer
+
+saved = trainer.Trainer._checkpoint
+
+def checkpoint(self, *args):
+    saved(self, *args)
+    if self.at.step >= 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.Trainer._checkpoint = checkpoint
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run(folder, capsys):
+    """It forecasts from its series, and goes on to the same weights."""
+    fit = ["fit", "dynamics", str(folder / "series.csv"), "--time", "t", "--group", "device"]
+    run, out = folder / "killed", ["--out", str(folder / "f.csv")]
+    fit += [*TINY, "--max-steps", "60", "--out", str(run)]
+    assert subprocess.run([sys.executable, "-c", KILLED, *fit]).returncode == -signal.SIGKILL
+    assert not (run / "metrics.json").exists()
+    for model in (run, run / "model"):
+        assert main(["forecast", str(model), *out]) == 0
+        assert len(read_labelled(folder / "f.csv", "device", "")[1]) == 60
+    assert main([*fit, "--resume"]) == 0
+    whole, resumed = (pl.load(folder / name).state_dict() for name in ("run", "killed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for part in ("model", "checkpoint"):
+        (run / part / "series.safetensors").unlink()
+    refused(capsys, ["forecast", str(run), *out], "saved without series", "--observe FILE")
+
+
 def test_resume_wants_the_same_series(folder, capsys):
     fit = ["fit", "dynamics", str(folder / "series.csv"), "--time", "t", "--group", "device"]
     again = [*TINY, "--max-steps", "60", "--out", str(folder / "run"), "--resume"]
@@ -167,4 +221,14 @@ def test_bad_input(folder, tmp_path, capsys):
     bad.write_text("t,device\n-5,d0\n")
     at = ["--at", str(bad), "--out", str(tmp_path / "f.csv")]
     refused(capsys, ["forecast", run, *at], "must not lie before the last observation")
+    bad.write_text("t,device\n1e9,d0\n")
+    refused(capsys, ["forecast", run, *at], "`t` must not lie more than 100,000 steps", "usual")
+    bad.write_text("t,x,v\n1,2,3\n2,3,4\n")
+    nameless = f"unknown column 'device' in {bad}. Columns: t, x, v"
+    refused(capsys, ["forecast", run, *at], nameless)
+    refused(capsys, ["forecast", run, "--observe", str(bad), *at[2:]], nameless)
+    refused(capsys, ["check", run, str(bad)], nameless)
+    refused(capsys, ["score", run, str(bad)], nameless)
+    bad.write_text("time,device\n1,d0\n")
+    refused(capsys, ["forecast", run, *at], f"unknown column 't' in {bad}")
     refused(capsys, ["forecast", run, "--out", str(tmp_path / "f.npy")], "text needs a .csv")

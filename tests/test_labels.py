@@ -1,6 +1,7 @@
 """Tables with a column of text: read, written, and what can't be."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pathline.data import read_labelled, read_table, write_labelled
@@ -22,6 +23,27 @@ def test_round_trip(tmp_path, suffix, labels):
     np.testing.assert_array_equal(table.values, VALUES)
     assert table.columns == ("u", "v")
     assert table.entries == ()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_whole_numbers_are_written_as_such(tmp_path, kind):
+    """They are told apart from the other columns, whose numbers are written as floats."""
+    labels = np.array([7, 0, 7], dtype=kind)
+    for suffix in (".csv", ".parquet"):
+        write_labelled(tmp_path / f"t{suffix}", "name", labels, VALUES, ("u", "v"))
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines[1:]] == [["7", "1.0"], ["0", "2.0"], ["7", "3.0"]]
+    columns = pq.read_table(tmp_path / "t.parquet").to_pydict()
+    assert [repr(number) for number in columns["name"]] == ["7", "0", "7"]
+    for suffix in (".npy", ".npz"):
+        write_labelled(tmp_path / f"t{suffix}", "name", labels, VALUES, ("u", "v"))
+        assert read_table(tmp_path / f"t{suffix}").values[:, 0].tolist() == [7.0, 0.0, 7.0]
+
+
+def test_numbers_too_large_for_integers(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("u,name\n1,1e19\n2,-3e20\n")
+    assert read_labelled(file, "name", "--group")[1].tolist() == [1e19, -3e20]
 
 
 def test_numbers_need_no_text(tmp_path):

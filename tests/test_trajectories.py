@@ -1,7 +1,9 @@
 """Neural ODEs of time series: linear equations with known solutions, brute force, bad input."""
 
 import copy
+import datetime
 import os
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
 from torch import nn
 
 import pathline as pl
@@ -22,7 +25,7 @@ from pathline.networks import (
     fit_trajectories,
     windows,
 )
-from pathline.networks.forecasts import solutions
+from pathline.networks.forecasts import log_densities, solutions
 from pathline.reproduce.do_vs_od import spiral
 from pathline.train import Rows
 
@@ -266,6 +269,34 @@ def test_saved_and_loaded(fitted, tmp_path):
         TrajectoryRegressor.load(tmp_path / "model")
 
 
+def test_series_beside_a_model(tmp_path):
+    """Whatever the groups are; NumPy's numbers are parameters, too."""
+    t, y = np.tile(np.arange(6.0), 2), np.arange(12.0) % 5
+    for i, groups in enumerate((["b", "a"], [7, 3], [0.5, 0.25], [True, False])):
+        model = TrajectoryRegressor(
+            members=np.int64(1), width=2, periods=np.array([3, 4]), max_steps=1, random_state=0
+        ).fit(t, y, np.repeat(groups, 6))
+        model.save(tmp_path / str(i))
+        again = TrajectoryRegressor.load(tmp_path / str(i))
+        assert again.series_.ids.tolist() == groups
+        asked = ([7.0, 8.0], [groups[1], groups[0]])
+        np.testing.assert_array_equal(model.forecast(*asked).mean, again.forecast(*asked).mean)
+
+
+def test_score(fitted):
+    """The mean density of rows given those before them, by which a search can choose."""
+    t, y, groups = ragged(seed=5, count=6)
+    each = log_densities(fitted.net_, Series.of(t, y, groups))
+    assert np.isnan(each).sum() == 6
+    assert fitted.score(t, y, groups) == pytest.approx(np.nanmean(each), rel=1e-12)
+    assert fitted.score(t, y + 1, groups) < fitted.score(t, y, groups)
+    t = np.arange(60.0)
+    model = TrajectoryRegressor(members=1, width=4, max_steps=4, random_state=0)
+    search = GridSearchCV(model, {"window": [2, 5]}, cv=TimeSeriesSplit(2)).fit(t, np.sin(t))
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    assert search.best_estimator_.forecast([61.0]).mean.shape == (1,)
+
+
 def test_units_and_seed():
     """The same forecast in any units, and from the same seed."""
     t, y, groups = ragged(count=3)
@@ -373,6 +404,7 @@ def test_household_power():
 # Bad input
 
 
+DAY = datetime.date(2024, 2, 29)
 GOOD = (np.array([0.0, 1.0, 2.0, 0.0, 1.0]), np.arange(5.0), np.array(["a", "a", "a", "b", "b"]))
 
 
@@ -389,6 +421,14 @@ GOOD = (np.array([0.0, 1.0, 2.0, 0.0, 1.0]), np.arange(5.0), np.array(["a", "a",
         ({"y": [0, 1, 2, 3, np.nan]}, DataError, "at least 2 observation.*fewer in b"),
         ({"groups": ["a", "a", "a", "a", "b"]}, DataError, "must increase"),
         ({"groups": ["a", "a", "a"]}, ShapeError, r"`groups` must be \(5,\)"),
+        ({"groups": ["a", "a", "a", None, "b"]}, DataError, "one kind, got None in row 4"),
+        ({"groups": ["a", "a", 1, "b", "b"]}, DataError, "one kind, got 1 in row 3"),
+        ({"groups": [1, 1, 1, "b", "b"]}, DataError, "one kind, got 'b' in row 4"),
+        ({"groups": [1, 1, np.nan, 2, 2]}, DataError, "must not be missing, row 3 is"),
+        ({"groups": [DAY] * 5}, DataError, r"text or numbers, .* got datetime.date\(.* in row 1"),
+        ({"groups": np.array([DAY] * 5, "datetime64[D]")}, DataError, "got dtype datetime64"),
+        ({"groups": [Decimal(1)] * 5}, DataError, "text or numbers, all of one kind, got Decimal"),
+        ({"groups": [10**30] * 5}, DataError, "text or numbers, all of one kind, got dtype object"),
     ],
 )
 def test_bad_series(change, error, text):
@@ -398,8 +438,10 @@ def test_bad_series(change, error, text):
 
 
 def test_bad_questions(fitted):
-    with pytest.raises(DataError, match="no series is called 'x'; there are s0"):
+    with pytest.raises(DataError, match="no series is called 'x'; they are called 's0', 's1'"):
         fitted.forecast([50.0], ["x"])
+    with pytest.raises(DataError, match="all of one kind, got 1 in row 2"):
+        fitted.forecast([50.0, 50.0], ["s0", 1])
     with pytest.raises(DataError, match="`groups` must say which of the 12 series"):
         fitted.forecast([50.0])
     with pytest.raises(DataError, match="must not lie before the last observation"):
@@ -408,10 +450,54 @@ def test_bad_questions(fitted):
         fitted.forecast([50.0], ["s0"], level=90)
     with pytest.raises(ShapeError, match="the network observes 2 columns, got 1"):
         fitted.forecast([3.0], observed=([1.0, 2.0], [0.0, 0.0]))
-    with pytest.raises(DataError, match="too few observations to train with"):
-        TrajectoryRegressor().fit([0.0, 1.0], [0.0, 1.0])
+    one = ([1.0, 2.0], np.zeros((2, 2)))
+    with pytest.raises(DataError, match="'a'; the only one is called 0, and `groups` may be left"):
+        fitted.forecast([3.0], ["a"], observed=one)
     with pytest.raises(ArgumentError, match="`members` must be an integer of at least 1, got 0"):
         TrajectoryRegressor(members=0).fit(*GOOD)
+
+
+@pytest.mark.parametrize("periods", [24.0, "24", [24.0, 0.0], ["day"], [np.inf]])
+def test_bad_periods(periods):
+    with pytest.raises(ArgumentError, match=r"`periods` must be a list .* like \[24.0\], got"):
+        TrajectoryRegressor(periods=periods).fit(*GOOD)
+
+
+@pytest.mark.parametrize(
+    "groups", [["b", "b", "a", "a"], [2, 2, 1, 1], [2, 2, 0.5, 0.5], [True, True, False, False]]
+)
+def test_groups_are_text_or_numbers(groups):
+    """As a list, as an array, and as an array of objects."""
+    t, y = [0.0, 1.0, 0.0, 1.0], np.arange(4.0)
+    for given in (groups, np.array(groups), np.array(groups, dtype=object)):
+        series = Series.of(t, y, given)
+        assert series.ids.tolist() == [groups[0], groups[2]]
+        assert series.ids.dtype.kind == np.array(groups).dtype.kind
+        assert series.place(given, 4).tolist() == [0, 0, 1, 1]
+
+
+def test_fewest_observations():
+    """What the error asks for is enough."""
+    model = TrajectoryRegressor(members=1, width=2, max_steps=1, random_state=0)
+    told = "at least four of one series are needed, or three of two"
+    for t in ([0.0, 1.0], [0.0, 1.0, 2.0]):
+        with pytest.raises(DataError, match=f"too few observations to train with.*{told}"):
+            model.fit(t, t)
+    model.fit([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 0.0, 1.0])
+    model.fit([0.0, 1.0, 2.0] * 2, np.arange(6.0), ["a", "a", "a", "b", "b", "b"])
+
+
+def test_too_far(fitted):
+    """Times in another unit; the work of a forecast grows with them."""
+    unit = float(fitted.net_.unit)
+    told = rf"`t` must not lie more than 100,000 steps of {unit / 5:.6g} .* got a lead of "
+    end = float(fitted.series_.t[fitted.series_.starts[1] - 1])
+    for lead in (1e6, 1e300):
+        with pytest.raises(DataError, match=f"{told}.*a usual window takes {unit:.6g}"):
+            fitted.forecast([end + lead], ["s0"])
+        with pytest.raises(DataError, match=told):
+            fitted.predict([end + lead], ["s0"])
+    assert np.isfinite(fitted.forecast([end + 100 * unit], ["s0"]).mean).all()
 
 
 def test_rows_of_groups_may_alternate():

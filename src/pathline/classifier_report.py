@@ -144,8 +144,8 @@ def write_classifier_report(run: Path) -> None:
         Section(
             "Stability",
             "How far perturbations of standardised rows grow along the layers, where the spectrum "
-            f"of the velocity lies, what becomes of the energy, and how {ATTACKED} rows fare under "
-            "attacks.",
+            f"of the velocity lies, what becomes of the energy, and how {min(ATTACKED, len(rows))} "
+            "rows fare under attacks.",
             figure=stability.figure(),
             code=stability.table(),
         ),

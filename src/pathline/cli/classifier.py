@@ -62,7 +62,7 @@ def classifier(
     file
         The table: .csv, .csv.gz, .npy, .npz or .parquet; all columns but the target are numbers.
     target
-        Column of the classes, numbers or text.
+        Column of the classes, numbers or text. If all are numbers, 007 and 7 are the same.
     run
         What every command that trains takes.
     validation

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import sha256
+from math import floor, log10
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from .options import Columns, Flag, Positive, RunOptions, Seconds, answer, names
 
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 Count = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+DIGITS = 6  # of times, after the first one of the gap between them; more would be rounding errors
 
 
 @Parameter(name="*")
@@ -70,7 +72,8 @@ def dynamics(
     run
         What every command that trains takes.
     group
-        Column that says which series a row belongs to, numbers or text; one series by default.
+        Column that says which series a row belongs to, numbers or text; one series by default. If
+        all are numbers, 007 and 7 are the same.
     drop
         Columns to leave out.
     period
@@ -84,7 +87,7 @@ def dynamics(
     patience
         Stop after this many validations without improvement, of about fifty.
     """
-    table, ids = _read(file, group)
+    table, ids = _read(file, group, "--group")
     series = _series(table.drop(names(drop, table.columns)), ids, time)
     options = vars(net or NetOptions())
     found = TrajectoryNet(
@@ -156,11 +159,13 @@ def forecast(
     if at is None:
         ends = series.t[series.starts[1:] - 1]
         gap = float(net.unit) / net.window
-        times = (ends[:, None] + gap * np.arange(1, n + 1)).ravel()
+        digits = max(0, DIGITS - floor(log10(gap)))
+        after = (ends[:, None] + gap * np.arange(1, n + 1)).ravel()
+        times = np.array([round(t, digits) for t in after.tolist()])
         ids = np.repeat(series.ids, n)
     else:
         table, labels = _read(at, kept["group"])
-        times = table.select([kept["time"]], "--time").values[:, 0]
+        times = table.fitted([kept["time"]]).values[:, 0]
         ids = np.repeat(series.ids, len(times)) if labels is None else labels
     mean, sd = solutions(net, series, times, ids if kept["group"] else None, last=True)
     reach = quantile(level) * sd
@@ -219,10 +224,13 @@ def _open(model: Path) -> tuple[TrajectoryNet, dict[str, Any]]:
     return net.double(), kept
 
 
-def _read(file: Path, group: str | None) -> tuple[Table, np.ndarray | None]:
+def _read(
+    file: Path, group: str | None, flag: str | None = None
+) -> tuple[Table, np.ndarray | None]:
+    """A table, and its column of groups; `flag` named it if not the model does."""
     if group is None:
         return read_table(file), None
-    return read_labelled(file, group, "--group")
+    return read_labelled(file, group, flag or str(file))
 
 
 def _series(table: Table, ids: np.ndarray | None, time: str, fewest: int = 2) -> Series:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from .tables import Table, column_index, read_table, write_table
+from .tables import ARRAYS, Table, column_index, read_table, write_table
 
 
 def read_labelled(path: str | Path, name: str, flag: str) -> tuple[Table, np.ndarray]:
@@ -20,8 +20,8 @@ def read_labelled(path: str | Path, name: str, flag: str) -> tuple[Table, np.nda
         flag: where the user named it.
 
     Returns:
-        The table, and (rows,) of the column: whole numbers or numbers if all entries are, else
-        text.
+        The table, and (rows,) of the column: whole numbers or numbers if all entries are, so that
+        007 and 7 are the same, else text.
 
     Raises:
         DataError: the file can't be read, or the column is unknown or has missing entries.
@@ -41,8 +41,8 @@ def read_labelled(path: str | Path, name: str, flag: str) -> tuple[Table, np.nda
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
-    """As integers, if they are."""
-    if np.isfinite(values).all() and (values == values.round()).all():
+    """As integers, if they are, and so small that doubles tell them apart."""
+    if (np.abs(values) < 2**53).all() and (values == values.round()).all():
         return values.astype(np.int64)
     return values
 
@@ -50,10 +50,11 @@ def _whole(values: np.ndarray) -> np.ndarray:
 def write_labelled(
     path: str | Path, name: str, labels: np.ndarray, values: np.ndarray, columns: Sequence[str]
 ) -> None:
-    """Write a table whose first column may hold text.
+    """Write a table whose first column may hold text, or whole numbers that are written as such.
 
     Args:
-        path: as in `write_table`; text needs a .csv or .parquet file.
+        path: as in `write_table`; text needs a .csv or .parquet file. In .npy and .npz files
+            whole numbers are floats like the rest.
         name: of the first column.
         labels: (rows,), numbers or text.
         values: (rows, columns).
@@ -62,7 +63,8 @@ def write_labelled(
     Raises:
         DataError: as in `write_table`, or text does not fit the format.
     """
-    if labels.dtype.kind in "iuf":
+    kind = labels.dtype.kind
+    if kind == "f" or (kind in "iu" and Path(path).suffix.lower() in ARRAYS):
         numbers = np.column_stack([labels.astype(np.float64), values])
         return write_table(path, numbers, (name, *columns))
     entries, codes = np.unique(labels, return_inverse=True)

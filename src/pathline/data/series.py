@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from .tables import default_columns, listed
 
 NUMBERS = "fiub"  # kinds of dtype
 FEWEST = 2  # observations of a series
+ONE_KIND = "`groups` must be text or numbers, all of one kind"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +49,16 @@ class Series:
             t: times, (rows,), increasing within each group.
             y: values, (rows,) or (rows, columns); NaN where missing. Rows without any value are
                 left out.
-            groups: to which series each row belongs, (rows,), of any type; None if to one. The
-                rows of a group need not follow each other.
+            groups: to which series each row belongs, (rows,), text or numbers, all of one kind;
+                None if to one. The rows of a group need not follow each other.
             columns: names of the columns of `y`.
             fewest: rows that a series must have.
 
         Raises:
             ShapeError: the shapes don't fit.
             DataError: a time is not finite, not after the one before it in its group, or there
-                twice; a value is infinite; a column or a group has too few values.
+                twice; a value is infinite; a column or a group has too few values; a group is
+                neither text nor a number, or some are text and others numbers.
         """
         t, y = _numbers(t, "t"), _numbers(y, "y")
         y = y[:, None] if y.ndim == 1 else y
@@ -108,15 +111,15 @@ class Series:
             if len(self) > 1:
                 raise DataError(f"`groups` must say which of the {len(self)} series is meant")
             return np.zeros(rows, dtype=np.int64)
-        names = np.asarray(groups)
-        if names.shape != (rows,):
-            raise ShapeError(f"`groups` must be ({rows},), got {names.shape}")
+        names = _names(groups, rows)
         known = {name: i for i, name in enumerate(self.ids.tolist())}
         unknown = [name for name in dict.fromkeys(names.tolist()) if name not in known]
         if unknown:
+            called = listed([repr(name) for name in known])
+            one = f"the only one is called {called}, and `groups` may be left out"
             raise DataError(
-                f"no series is called {unknown[0]!r}; there are "
-                f"{listed([str(name) for name in self.ids])}"
+                f"no series is called {unknown[0]!r}; "
+                + (one if len(self) == 1 else f"they are called {called}")
             )
         return np.array([known[name] for name in names.tolist()], dtype=np.int64)
 
@@ -130,14 +133,30 @@ def _numbers(values: Any, name: str) -> np.ndarray:
 
 def _groups(groups: Any, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The ids in the order of their first rows, and the index of each row's."""
-    names = np.asarray(groups)
-    if names.shape != (rows,):
-        raise ShapeError(f"`groups` must be ({rows},), got {names.shape}")
+    names = _names(groups, rows)
     if names.dtype.kind == "f" and np.isnan(names).any():
         raise DataError(f"`groups` must not be missing, row {int(np.isnan(names).argmax()) + 1} is")
     ids, first, codes = np.unique(names, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return ids[order], np.argsort(order)[codes.ravel()]
+
+
+def _names(groups: Any, rows: int) -> np.ndarray:
+    """The groups as an array of text or of numbers."""
+    # Of a list as it is, because NumPy makes text of numbers among text.
+    names = np.asarray(groups, dtype=None if hasattr(groups, "dtype") else object)
+    if names.shape != (rows,):
+        raise ShapeError(f"`groups` must be ({rows},), got {names.shape}")
+    if names.dtype == object and rows:
+        each = names.tolist()
+        kind = str if isinstance(each[0], str) else Real
+        for row, name in enumerate(each):
+            if not isinstance(name, kind):
+                raise DataError(f"{ONE_KIND}, got {name!r} in row {row + 1}")
+        names = np.array(each)
+    if names.dtype.kind not in NUMBERS + "U":
+        raise DataError(f"{ONE_KIND}, got dtype {names.dtype}")
+    return names
 
 
 def _check_times(t: np.ndarray, codes: np.ndarray, ids: np.ndarray) -> None:

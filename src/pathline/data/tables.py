@@ -21,6 +21,7 @@ BLOCK = 65_536  # rows
 MISSING = {"", "na", "n/a", "nan", "null", "none"}
 BOOLEANS = {"true": 1.0, "false": 0.0}
 NUMBERS = "fiub"  # kinds of dtype
+ARRAYS = (".npy", ".npz")  # whose columns are all of one type
 UNREADABLE = (
     OSError,
     EOFError,
@@ -43,7 +44,7 @@ class Table:
         named: False when the names are made up (x0, x1, ...), since the file has none.
         name: where the table comes from, for errors.
         entries: what the numbers from 0 in the column that was read as text stand for; where they
-            are written, in the first column.
+            are written, in the first column, also whole numbers.
 
     Raises:
         DataError: `values` is not 2-D, or `columns` are not one distinct name for each column.
@@ -53,7 +54,7 @@ class Table:
     columns: tuple[str, ...]
     named: bool = True
     name: str = "table"
-    entries: tuple[str, ...] = ()
+    entries: tuple[str | int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2:
@@ -187,7 +188,7 @@ def write_table(
     """
     path = Path(path)
     suffix = _suffix(path)
-    if isinstance(table, Table) and table.entries and suffix in (".npy", ".npz"):
+    if isinstance(table, Table) and table.entries and suffix in ARRAYS:
         raise DataError(f"{path}: text needs a .csv or .parquet file")
     if not isinstance(table, Table):
         values = np.asarray(table)

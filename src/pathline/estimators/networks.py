@@ -4,21 +4,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..data.tables import scales
+from ..errors import ArgumentError, unknown
 from ..nets import TimeBasis
 from ..networks import Classification, ContinuousNet, Regression, dense_net
+from ..networks.architectures import DENSE_KINDS
 from ..networks.objectives import Supervised
 from ..train import fit
+from .files import Saved
 from .rows import FEWEST_ROWS, distinct, plain, seed_of
 
+LABELS = (str, int, float)  # that JSON holds
 RandomState = int | np.random.RandomState | None
 
 
-class _Continuous(BaseEstimator):
+class _Continuous(Saved, BaseEstimator):
     """What both share: the network, its training, and the scale of the features."""
 
     net_: ContinuousNet
@@ -66,6 +71,8 @@ class _Continuous(BaseEstimator):
         self, rows: np.ndarray, targets: np.ndarray, weights: np.ndarray | None, outputs: int
     ) -> None:
         """Fits `net_` to different rows and their targets, (rows, any)."""
+        if self.dynamics not in DENSE_KINDS:
+            raise ArgumentError(unknown("`dynamics`", str(self.dynamics), DENSE_KINDS))
         self._center = np.average(rows, axis=0, weights=weights)
         spread = np.sqrt(np.average((rows - self._center) ** 2, axis=0, weights=weights))
         self._spread = scales(rows, spread)
@@ -98,6 +105,21 @@ class _Continuous(BaseEstimator):
     def _objective(self, net: ContinuousNet, outputs: int) -> Supervised:
         raise NotImplementedError
 
+    def _fitted(self) -> dict[str, Any]:
+        names = getattr(self, "feature_names_in_", None)
+        return {
+            "columns": None if names is None else names.tolist(),
+            "center": self._center.tolist(),
+            "spread": self._spread.tolist(),
+        }
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        self.n_features_in_ = self.net_.config()["options"]["inputs"]
+        if fitted["columns"] is not None:
+            self.feature_names_in_ = _kept(fitted, "columns", self.n_features_in_, object)
+        self._center = _kept(fitted, "center", self.n_features_in_)
+        self._spread = _kept(fitted, "spread", self.n_features_in_)
+
     def _scaled(self, X: np.ndarray) -> np.ndarray:
         return (X - self._center) / self._spread
 
@@ -106,6 +128,14 @@ class _Continuous(BaseEstimator):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         with torch.no_grad():
             return self.net_(torch.tensor(self._scaled(X))).numpy()
+
+
+def _kept(fitted: dict[str, Any], name: str, count: int, dtype: Any = np.float64) -> np.ndarray:
+    """What `_fitted` gave by that name, (count,)."""
+    found = np.array(fitted[name], dtype=dtype)
+    if found.shape != (count,):
+        raise ValueError(f"`{name}` must be ({count},), got {found.shape}")
+    return found
 
 
 class ContinuousClassifier(ClassifierMixin, _Continuous):
@@ -180,6 +210,20 @@ class ContinuousClassifier(ClassifierMixin, _Continuous):
     def _objective(self, net: ContinuousNet, outputs: int) -> Classification:
         return Classification(net, smoothness=self.smoothness, decay=self.decay, head=self.decay)
 
+    def _fitted(self) -> dict[str, Any]:
+        classes = self.classes_
+        names = classes.tolist()
+        if classes.dtype.kind not in "fiubUO" or not all(isinstance(x, LABELS) for x in names):
+            raise ArgumentError(
+                f"`classes_` must be text, numbers or truth values to be saved, got {names[0]!r}"
+            )
+        return super()._fitted() | {"classes": names, "dtype": classes.dtype.str}
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        super()._restore(fitted)
+        count = self.net_.config()["options"]["outputs"]
+        self.classes_ = _kept(fitted, "classes", count, fitted["dtype"])
+
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits, (n_samples, n_classes); their difference, (n_samples,), of two classes."""
         logits = self._outputs(X)
@@ -187,9 +231,12 @@ class ContinuousClassifier(ClassifierMixin, _Continuous):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (n_samples, n_classes), in the order of `classes_`."""
-        logits = self._outputs(X)
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        return odds / odds.sum(1, keepdims=True)
+        return softmax(self._outputs(X), axis=1)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Their logarithms, (n_samples, n_classes), also of those that are too small for a
+        double."""
+        return log_softmax(self._outputs(X), axis=1)
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each row, (n_samples,)."""
@@ -258,6 +305,16 @@ class ContinuousRegressor(RegressorMixin, _Continuous):
         return Regression(
             net, targets=outputs, smoothness=self.smoothness, decay=self.decay, head=self.decay
         )
+
+    def _fitted(self) -> dict[str, Any]:
+        more = {"middle": self._middle.tolist(), "height": self._height.tolist()}
+        return super()._fitted() | more | {"vector": self._is_vector}
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        super()._restore(fitted)
+        count = self.net_.config()["options"]["outputs"]
+        self._middle, self._height = (_kept(fitted, x, count) for x in ("middle", "height"))
+        self._is_vector = bool(fitted["vector"])
 
     def predict(self, X: Any) -> np.ndarray:
         """The target of each row of `X`, shaped like `y` in `fit`."""

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from ..data.series import Series
-from ..errors import ModelError
 from ..networks import TrajectoryNet, fit_trajectories
-from ..networks.forecasts import keep_series, kept_series, quantile, solutions
-from ..train.files import read_model, save
+from ..networks.forecasts import keep_series, kept_series, log_densities, quantile, solutions
+from .files import Saved
 from .rows import plain, seed_of
 
 
@@ -25,7 +24,7 @@ class Forecast(NamedTuple):
     sd: np.ndarray
 
 
-class TrajectoryRegressor(BaseEstimator):
+class TrajectoryRegressor(Saved, BaseEstimator):
     """Series in time as the solutions of an ordinary differential equation that is learned.
 
     An ensemble of networks is the velocity z' = v(z); it learns to pass the observations in windows
@@ -111,7 +110,8 @@ class TrajectoryRegressor(BaseEstimator):
         Args:
             t: times, (rows,), increasing within each group.
             y: observations, (rows,) or (rows, columns); NaN where missing.
-            groups: to which series each row belongs, (rows,), of any type; None if to one.
+            groups: to which series each row belongs, (rows,), text or numbers, all of one kind;
+                None if to one.
 
         Returns:
             The estimator itself.
@@ -119,7 +119,8 @@ class TrajectoryRegressor(BaseEstimator):
         Raises:
             ShapeError: the shapes don't fit.
             DataError: times are not finite, not sorted or twice in a group, values are infinite, a
-                group has a single observation, or there are too few in all.
+                group has a single observation, or there are too few in all; groups are neither text
+                nor numbers.
             ArgumentError: an argument is out of range.
             TrainingError: training diverged again and again.
         """
@@ -150,7 +151,8 @@ class TrajectoryRegressor(BaseEstimator):
             groups: which series of `fit` each belongs to, (rows,); None if there is one.
 
         Raises:
-            DataError: there is no such series, or a time lies before its first observation.
+            DataError: there is no such series, or a time lies before its first observation, or
+                more than 100,000 steps after it.
         """
         check_is_fitted(self)
         return self._shaped(solutions(self.net_, self.series_, t, groups, last=False)[0])
@@ -177,34 +179,43 @@ class TrajectoryRegressor(BaseEstimator):
         mean, sd = solutions(self.net_, series, t, groups, last=True)
         return Forecast(*map(self._shaped, (mean, mean - z * sd, mean + z * sd, sd)))
 
-    def save(self, folder: str | Path) -> None:
-        """Write the model and its series into a folder, as safetensors and JSON."""
+    def score(self, t: Any, y: Any, groups: Any = None) -> float:
+        """Mean log-density in nats of each row given those before it, as `pathline score` has it.
+
+        The first row of a series has none. Searches over parameters need folds that keep the order
+        of the times, such as those of scikit-learn's `TimeSeriesSplit`, or whole groups.
+
+        Args:
+            t, y, groups: series as in `fit`, with two observations or more each.
+
+        Raises:
+            ShapeError, DataError: as in `fit`.
+        """
         check_is_fitted(self)
-        kept = self.get_params() | {"periods": list(self.periods), "random_state": None}
-        more = {"n_iter": self.n_iter_, "vector": self._is_vector}
-        save(self.net_, folder, metadata={"parameters": kept, **more})
+        return float(np.nanmean(log_densities(self.net_, Series.of(t, y, groups))))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the estimator and its series into a folder, as safetensors and JSON; `random_state`
+        is not kept. `pathline.load` reads its network from there."""
+        super().save(folder)
         keep_series(Path(folder), self.series_)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "TrajectoryRegressor":
+    def load(cls, folder: str | Path) -> Self:
         """What `save` wrote; nothing in the files is executed.
 
         Raises:
-            ModelError: the folder holds none, or a damaged one.
+            ModelError: the folder holds none, a damaged one, or something else.
         """
-        description, state = read_model(folder)
-        kept = description.get("metadata", {})
-        if "parameters" not in kept:
-            raise ModelError(f"{folder} holds no TrajectoryRegressor")
-        try:
-            found = cls(**kept["parameters"])
-            found.net_ = TrajectoryNet(**description["config"]).double().eval()
-            found.net_.load_state_dict(state)
-            found.n_iter_, found._is_vector = kept["n_iter"], kept["vector"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder} is damaged ({str(error).splitlines()[0]})") from None
+        found = super().load(folder)
         found.series_ = kept_series(folder)
         return found
+
+    def _fitted(self) -> dict[str, Any]:
+        return {"vector": self._is_vector}
+
+    def _restore(self, fitted: dict[str, Any]) -> None:
+        self._is_vector = bool(fitted["vector"])
 
     def _shaped(self, values: np.ndarray) -> np.ndarray:
         return values if self._is_vector else values[:, 0]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ..data.series import Series
 from ..errors import ArgumentError, DataError, ModelError, ShapeError
 from ..train.files import read_tensors, write_atomically
+from ..train.trainer import CHECKPOINT
 from .trajectory import TrajectoryNet
 
 FILE = "series.safetensors"  # in the folder of a model
@@ -86,7 +87,8 @@ def log_densities(net: TrajectoryNet, series: Series) -> np.ndarray:
 
 
 def keep_series(folder: Path, series: Series) -> None:
-    """Write the series beside a model, to forecast from their ends."""
+    """Write the series into the folder of a model, or of the checkpoint of a run that has none yet,
+    to forecast from their ends."""
     ids = series.ids.tolist()
     names = {"ids": json.dumps(ids), "columns": json.dumps(series.columns)}
     arrays = {"t": series.t, "y": series.y, "starts": series.starts}
@@ -95,17 +97,24 @@ def keep_series(folder: Path, series: Series) -> None:
 
 
 def kept_series(model: str | Path) -> Series:
-    """The series beside a model; `model` may be the run around it.
+    """The series beside a model; `model` may be the run around it, or the model inside.
 
     Raises:
         ModelError: there are none, or damaged ones.
     """
     folder = Path(model)
     folder = folder / "model" if (folder / "model" / "model.json").exists() else folder
-    tensors, names = read_tensors(folder / FILE)
+    begun = (folder.parent / CHECKPOINT).with_name(FILE)  # of a run that was killed
+    file = begun if begun.exists() and not (folder / FILE).exists() else folder / FILE
+    if not file.exists():
+        raise ModelError(
+            f"{file} does not exist: the model was saved without series; forecast others, by "
+            "`--observe FILE` on the command line"
+        )
+    tensors, names = read_tensors(file)
     try:
         t, y, starts = (tensors[name].numpy() for name in ("t", "y", "starts"))
         ids = np.array(json.loads(names["ids"]))
         return Series(t, y, starts, ids, tuple(json.loads(names["columns"])))
     except (KeyError, ValueError):
-        raise ModelError(f"{folder / FILE} is damaged") from None
+        raise ModelError(f"{file} is damaged") from None

@@ -30,8 +30,10 @@ from ..integrate.dense import cubic
 
 BINS = 32  # of leads, for which errors are remembered
 FEWEST = 30  # held-out values in a bin
+FEWEST_WINDOWS = 2  # to train with
 LONGEST_GAP = 3.0  # windows of time that the network for the first state can tell apart
 CHUNK = 512  # windows solved at a time where no gradient is wanted
+MOST_STEPS = 100_000  # of a solution, each of which is kept: seconds, and gigabytes of many windows
 
 
 class Observations(NamedTuple):
@@ -120,9 +122,7 @@ class TrajectoryNet(nn.Module):
             low = least.get(name, 0 if name == "seed" else 1)
             if not isinstance(value, int) or value < low:
                 raise ArgumentError(f"`{name}` must be an integer of at least {low}, got {value!r}")
-        self.periods = tuple(float(period) for period in periods)
-        if not all(0 < period < float("inf") for period in self.periods):
-            raise ArgumentError(f"`periods` must be positive and finite, got {list(periods)}")
+        self.periods = _positive(periods)
         self.given, self.dim, self.extra, self.history = given, dim, extra, history
         self.members, self.window, self.steps = members, window, steps
         state, hidden = dim + extra, [width] * depth
@@ -180,6 +180,9 @@ class TrajectoryNet(nn.Module):
 
         Returns:
             (batch, times, members, dim), standardised.
+
+        Raises:
+            DataError: a time is more than 100,000 steps after the observation.
         """
         z, angle = self._first_state(observed, start)
         tau = (lead.double() / self.unit.double()).to(z)
@@ -193,7 +196,7 @@ class TrajectoryNet(nn.Module):
         units and double precision.
 
         The variance is that among the members, and what held-out windows had beyond that at the
-        same lead; arguments are those of `forward`.
+        same lead; arguments and errors are those of `forward`.
         """
         if not len(start):
             return (lead.new_zeros(*lead.shape, self.dim),) * 2
@@ -266,7 +269,15 @@ class TrajectoryNet(nn.Module):
         """(batch, times, members, state) at times `tau` (batch, times) after states (members,
         batch, state)."""
         h = 1.0 / self.steps
-        steps = max(1, ceil(float(tau.max()) / h * (1 - 1e-6)))
+        far = float(tau.max()) / h
+        if far > MOST_STEPS:
+            step = h * float(self.unit)
+            raise DataError(
+                f"`t` must not lie more than {MOST_STEPS:,} steps of {step:.6g} after the "
+                f"observation that is solved from, got a lead of {far * step:.6g}, where a usual "
+                f"window takes {self.unit:.6g}; is it in the unit of the series?"
+            )
+        steps = max(1, ceil(far * (1 - 1e-6)))
         ts = torch.arange(steps + 1, dtype=z.dtype, device=z.device) * h
         zs = odeint(lambda t, z: self._rate(t, z, angle), z, ts, method="rk4")
         fs = torch.stack([self._rate(t, z, angle) for t, z in zip(ts, zs, strict=True)])
@@ -289,6 +300,17 @@ class TrajectoryNet(nn.Module):
             raise ShapeError(f"the network observes {self.dim} columns, got {series.y.shape[1]}")
 
 
+def _positive(periods: Sequence[float]) -> tuple[float, ...]:
+    wrong = f"`periods` must be a list of positive, finite numbers like [24.0], got {periods!r}"
+    try:
+        found = tuple(float(period) for period in periods)
+    except (TypeError, ValueError):
+        raise ArgumentError(wrong) from None
+    if isinstance(periods, str) or not all(0 < period < float("inf") for period in found):
+        raise ArgumentError(wrong)
+    return found
+
+
 def windows(series: Series, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Windows to train with and windows to validate with, each rows (first row, last row).
 
@@ -308,10 +330,10 @@ def windows(series: Series, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         cut = a if out else b if count >= 10 else b - max(1, (b - a) // 10)
         found[0].extend((i, cut - 1) for i in range(a, cut - 1))
         found[1].extend((i, b - 1) for i in range(max(a, cut - 1), b - 1))
-    if not found[0] or not found[1]:
+    if len(found[0]) < FEWEST_WINDOWS or not found[1]:
         raise DataError(
             f"there are too few observations to train with: {len(series.t)} in {count} series; "
-            "at least three of one series are needed"
+            "at least four of one series are needed, or three of two"
         )
     train, validation = (np.array(part, dtype=np.float64) for part in found)
     return train, validation

@@ -1,5 +1,6 @@
 """Training a `TrajectoryNet`: squared errors over windows."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from ..data.series import Series
 from ..errors import DataError
 from ..train import Loss, Objective, Rows, Run, fit
+from ..train.trainer import CHECKPOINT
+from .forecasts import keep_series
 from .trajectory import CHUNK, Observations, TrajectoryNet, windows
 
 LONGEST = 2.0  # leads in training, over the time of a usual window
@@ -35,13 +38,17 @@ class TrajectoryFit(Objective):
     Args:
         net: what is trained; it must have the scale of the series, see `standardize`.
         series: the observations.
+        out: the run folder that `fit` is given, if any; it has the series from the first step on,
+            so that even a run that is killed can forecast.
     """
 
     model: TrajectoryNet
 
-    def __init__(self, net: TrajectoryNet, series: Series) -> None:
+    def __init__(
+        self, net: TrajectoryNet, series: Series, *, out: str | Path | None = None
+    ) -> None:
         super().__init__()
-        self.model = net
+        self.model, self.series, self.out = net, series, out
         self.observed = net.observe(series)
 
     def forward(self, batch: Tensor, weights: Tensor | None = None) -> Loss:
@@ -61,6 +68,10 @@ class TrajectoryFit(Objective):
                 f"{LONGEST * float(self.model.unit):.3g}, twice the time of a usual window; take a "
                 "larger `window`"
             )
+
+    def prepare(self, rows: Rows, generator: torch.Generator) -> None:
+        if self.out is not None:
+            keep_series(Path(self.out, CHECKPOINT).parent, self.series)
 
     def finish(self, rows: Rows) -> dict[str, Any]:
         """Remembers the errors of held-out windows; their root mean square, standardised."""
@@ -131,5 +142,5 @@ def fit_trajectories(net: TrajectoryNet, series: Series, *, seed: int = 0, **tra
     """
     train, held = windows(series, seed)
     net.standardize(series)
-    objective = TrajectoryFit(net, series)
+    objective = TrajectoryFit(net, series, out=training.get("out"))
     return fit(objective, train, validation=held, seed=seed, **training)
