@@ -1,7 +1,8 @@
 """Parts of the library as a compiled kernel: how to reach it, and when it can serve.
 
-`rollouts` are those of potentials under optimal transport, and `norms` those of channels. Who uses
-them decides when; their results are those of the PyTorch path to round-off.
+`rollouts` are those of potentials under optimal transport, `norms` those of channels, and `filters`
+those of periodic images. Who uses them decides when; their results are those of the PyTorch path
+to round-off.
 """
 
 import warnings
